@@ -1,0 +1,52 @@
+"""Merge the four shipped teachers on this machine, measure the result, and show it in pictures. No GPU, no download."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HELP = "merge the shipped mini teachers here and now, and look at the result"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="dmm-demo", help="folder for everything that is made (dmm-demo)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the merge (1200)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+
+
+def run(args: argparse.Namespace, report: Any) -> dict:
+    from dmm_core.commands.distill import train
+    from dmm_core.commands.evaluate import Notifier, headline
+    from dmm_core.measure import measure
+    from dmm_core.present import present
+    from dmm_core.recipe import recipe_from_dict
+    from dmm_core.run import bench_of
+    from mini_family import demo, family
+
+    began = time.monotonic()
+    out = Path(args.out).absolute()
+    base, *teachers = family.unpack(out / "teachers")
+    report.note(f"teachers: {', '.join(path.stem for path in teachers)} (in {out / 'teachers'})")
+    prompts = out / "prompts.txt"
+    prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
+    recipe = recipe_from_dict(demo.recipe_of(out, teachers, base, prompts, args.steps), source="the demo's recipe")
+    merge = train(recipe, args.resume, report, again=f"dmm demo --out {args.out} --steps {args.steps} --resume")
+    merge.distillation.use_average()
+    bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE, Notifier(report))
+    measured = measure(
+        bench, began, merge.distillation.samples_seen, title="Four mini teachers in one model",
+        start=recipe.train.start, merged=merge.style_info(), recipe=recipe.to_dict(names_only=True),
+    )  # fmt: skip
+    file = merge.save(
+        {key: measured.report[key] for key in ("ratio", "gap_closed", "extractor", "samples_seen", "commit")}
+    )
+    gallery = replace(bench, prompts=demo.shown_prompts(), what="draws pictures to show")
+    paths = present(out, measured, gallery, file)
+    for line in headline(measured.report):
+        report.out(line)
+    report.out(f"look at {out / 'report.html'} (and styles.png, mix.png, fid.png beside it); the DMM file is {file}")
+    report.out(f"took {time.monotonic() - began:.0f} s")
+    return measured.report | {"out": out, "file": file, "written": paths}

@@ -1,0 +1,105 @@
+"""Merge checkpoints by distillation: several teachers into one student with a style for each."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmm_core.errors import BadInput
+
+HELP = "merge checkpoints into one DMM file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="the recipe, a YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same recipe")
+    parser.add_argument("--teacher", nargs="+", action="extend", help="checkpoints to merge, instead of a recipe")
+    parser.add_argument("--base", help="whose text encoder and VAE the result gets (the first teacher's if left out)")
+    parser.add_argument("--out", help="the DMM file to write")
+    parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--force", action="store_true", help="overwrite the output if it is there")
+
+
+def run(args: argparse.Namespace, report: Any) -> dict:
+    recipe = recipe_of(args)
+    if Path(recipe.out).exists() and not args.force:
+        raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
+    merge = train(recipe, args.resume, report, again=command_again(args))
+    merge.distillation.use_average()
+    path = merge.save()
+    done = merge.distillation
+    report.out(f"{path}: {len(recipe.teachers)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")
+    return {
+        "out": path, "styles": list(done.student.codebook.names), "steps": done.step_count,
+        "samples_seen": done.samples_seen, "seconds": round(merge.seconds, 1), "start": recipe.train.start,
+    }  # fmt: skip
+
+
+def recipe_of(args: argparse.Namespace) -> Any:
+    """The recipe file, or one made of --teacher and --out."""
+    from dmm_core.recipe import load_recipe, recipe_from_dict
+
+    if args.recipe:
+        if args.teacher:
+            raise BadInput("give a recipe or --teacher, not both")
+        return load_recipe(args.recipe)
+    if not args.teacher or not args.out:
+        raise BadInput("a recipe is missing", hint="Give a YAML file, or --teacher FILE … --out FILE.")
+    data: dict[str, Any] = {"teachers": list(args.teacher), "out": args.out}
+    data |= {"base": args.base} if args.base else {}
+    data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
+    data |= {"train": {"steps": args.steps}} if args.steps else {}
+    return recipe_from_dict(data, source="command line")
+
+
+def command_again(args: argparse.Namespace) -> str:
+    return f"dmm distill {args.recipe} --resume" if args.recipe else "the same command with --resume"
+
+
+@contextmanager
+def stop_flag() -> Iterator[list[bool]]:
+    """A list that gets an item at the first Ctrl-C; the second one interrupts at once."""
+    asked: list[bool] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(recipe: Any, resume: bool, report: Any, again: str) -> Any:
+    """Run a recipe with progress on stderr. A stop saves first and says how to go on; so does a file ``stop``."""
+    from dmm_core.run import prepare
+
+    bars: dict[str, Any] = {}
+
+    def notify(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = report.progress(total, what)
+        bars[what].to(done)
+        if done >= total:
+            bars[what].close()
+
+    merge = prepare(recipe, resume, notify)
+    for warning in merge.sources.warnings:
+        report.note(f"note: {warning}")
+    stop_file = merge.work / "stop"
+    with stop_flag() as asked, report.progress(recipe.train.steps, "distils") as bar:
+        try:
+            for result in merge.timed_steps(lambda: bool(asked) or stop_file.exists()):
+                bar.to(result.step, loss=result.loss)
+        except KeyboardInterrupt:
+            stop_file.unlink(missing_ok=True)
+            raise KeyboardInterrupt(f"Go on with: {again}") from None
+    return merge

@@ -1,0 +1,71 @@
+"""Draw pictures with a checkpoint or a DMM file, without a host."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dmm_core.commands import add_style_argument, parse_mix
+from dmm_core.errors import BadInput
+
+HELP = "draw pictures with a checkpoint or DMM file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a DMM file, or any SD1.5 checkpoint")
+    parser.add_argument("--prompt", nargs="+", required=True, help="one picture for each")
+    parser.add_argument("--negative", default="", help="negative prompt")
+    add_style_argument(parser)
+    parser.add_argument("--no-normalize", action="store_true", help="take the weights as they are (extrapolation)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=None, help="guidance scale, 1 is off (7; 2 for the mini family)")
+    parser.add_argument("--size", default=None, metavar="WxH", help="in pixels, multiples of 8")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="picture.png", help="PNG; further pictures get -1, -2 … before the suffix")
+
+
+def run(args: argparse.Namespace, report: Any) -> dict:
+    import torch
+    from PIL import Image
+
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.models import load_pipeline
+    from dmm_core.plan import choose_device
+    from dmm_core.run import latent_size
+    from dmm_core.sample import decode, sample
+
+    if args.steps < 1:
+        raise BadInput(f"--steps {args.steps}: expected at least 1")
+    mix = parse_mix(args.style)
+    checkpoint = open_checkpoint(args.file)
+    height, width = parse_size(args.size) if args.size else tuple(8 * n for n in latent_size(checkpoint, None))
+    pipe = load_pipeline(checkpoint, choose_device(args.device))
+    style = None
+    if mix is not None:
+        if pipe.codebook is None:
+            raise BadInput("is no DMM file, so it has no styles", args.file, "Leave --style out.")
+        style = pipe.codebook.style(mix, not args.no_normalize)
+    cfg = args.cfg if args.cfg is not None else (2.0 if checkpoint.unet_config["block_out_channels"][0] < 128 else 7.0)
+    seeds = [args.seed + i for i in range(len(args.prompt))]
+    with torch.no_grad():
+        latents = sample(
+            pipe, args.prompt, seeds=seeds, steps=args.steps, cfg_scale=cfg, negative=args.negative, style=style,
+            size=(height, width),
+        )  # fmt: skip
+    out, paths = Path(args.out), []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(decode(pipe.vae, latents)):
+        paths.append(out if i == 0 else out.with_stem(f"{out.stem}-{i}"))
+        Image.fromarray(picture).save(paths[-1])
+        report.out(str(paths[-1]))
+    return {"out": paths, "seeds": seeds, "style": mix, "steps": args.steps, "cfg": cfg, "size": [width, height]}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512x768" (width x height) → (768, 512)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) > 0 and int(width) % 8 == int(height) % 8 == 0):
+        raise BadInput(f"--size {text}: expected WIDTHxHEIGHT in multiples of 8, e.g. 512x768")
+    return int(height), int(width)

@@ -1,0 +1,53 @@
+"""What the student is trained on, as pure functions of predictions: DMM (arXiv:2504.12364) §3.4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Eq. 9: squared error between noise predictions (B, C, H, W), a mean a row: (B,)."""
+    return F.mse_loss(student.float(), teacher.float(), reduction="none").flatten(1).mean(1)
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Eq. 10: squared error between the blocks' outputs, each (B, ...), averaged over the blocks: (B,)."""
+    if len(student) != len(teacher):
+        raise ValueError(f"expected the same blocks, got {len(student)} and {len(teacher)}")
+    return torch.stack([score_loss(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
+
+
+class BlockFeatures:
+    """Collects what a diffusers UNet's down, mid and up blocks put out (4 + 1 + 4 in SD1.5) while it is entered.
+
+    ``outputs`` holds the newest forward pass's feature maps (B, C, H, W), in the order of the blocks.
+    """
+
+    def __init__(self, unet: Any, enabled: bool = True) -> None:
+        self.blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
+        self.outputs: list[Tensor] = []
+
+    def __enter__(self) -> BlockFeatures:
+        self._handles = [block.register_forward_hook(self._keep) for block in self.blocks]
+        return self
+
+    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
+        # down blocks return (hidden states, residuals)
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> list[Tensor]:
+        """The collected outputs; the list starts anew."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,188 @@
+"""Measure a student beside its teachers and their weight average: pictures for the matrices, and the score gap."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmm_core import __version__
+from dmm_core.diffusion import TIMESTEPS, add_noise
+from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
+from dmm_core.models import Pipeline, encode_prompts
+from dmm_core.sample import decode, initial_noise, sample_latents
+from dmm_core.style import lerp, one_hot
+from dmm_core.teachers import Teachers
+
+Notify = Callable[[str, int, int], None]
+SEEDS_A, SEEDS_B = 1_000_000, 2_000_000  # the two draws that the reference matrix compares
+
+
+@dataclass
+class Bench:
+    """A student (pipeline with a codebook), its teachers and their weight average, asked the same prompts.
+
+    Args:
+        average: the teachers' averaged UNet, without a style input.
+        size: height and width of latents.
+    """
+
+    student: Pipeline
+    teachers: Teachers
+    average: Any
+    prompts: Sequence[str]
+    size: tuple[int, int]
+    steps: int = 12
+    cfg_scale: float = 1.0
+    notify: Notify = field(default=lambda what, done, total: None)
+    what: str = "draws pictures to compare"
+
+    def __post_init__(self) -> None:
+        assert self.student.codebook is not None
+        self.codebook = self.student.codebook
+        self.names = self.codebook.names
+        self.teachers.embed([*self.prompts, ""])
+        self.context = encode_prompts(self.student.text_encoder, [*self.prompts, ""])
+        self.done = 0
+
+    def sample(
+        self, unet: Any, context: Tensor, seeds: int, style: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Latents of the prompts; ``context`` holds the empty prompt's embedding last."""
+        prompts, empty = context[:-1][rows], context[-1:]
+        noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
+        parts = []
+        for k in range(0, len(prompts), 33):
+            part = slice(k, k + 33)
+            parts.append(
+                sample_latents(
+                    unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
+                    negative=empty.to(unet.device), style=style, prediction_type=self.student.prediction_type,
+                )
+            )  # fmt: skip
+            self.done += len(parts[-1])
+            self.notify(self.what, self.done, len(self.prompts) * (3 * len(self.names) + 1))
+        return torch.cat(parts)
+
+    def of_teacher(self, index: int, seeds: int, rows: slice = slice(None)) -> Tensor:
+        context = self.teachers.context(index, torch.arange(len(self.prompts) + 1)).float()
+        return self.sample(self.teachers.unet(index), context, seeds, rows=rows)
+
+    def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
+        return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows)
+
+    def of_average(self, seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
+        return self.sample(self.average, self.context, seeds, rows=rows)
+
+
+def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeats: int = 1) -> dict[str, Any]:
+    """The score gap closed: 1 − mse(student_i, teacher_i) / mse(average, teacher_i), on held-out x_t, t, prompt.
+
+    Timesteps are spread evenly over all of them, the same for every style. ``latents``: clean ones a style, a row a
+    prompt of the bench.
+    """
+    student_mse, average_mse = {}, {}
+    for index, name in enumerate(bench.names):
+        rng = torch.Generator().manual_seed(seed)
+        x0 = latents[name].repeat(repeats, 1, 1, 1)
+        count = len(x0)
+        prompt = torch.arange(len(bench.prompts)).repeat(repeats)
+        t = ((torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count * TIMESTEPS).long()
+        noise = torch.randn(x0.shape, generator=rng).to(x0.device)
+        x_t, t = add_noise(x0, noise, t.to(x0.device)), t.to(x0.device)
+        wanted = _in_chunks(
+            lambda rows, i=index, x=x_t, s=t, p=prompt: bench.teachers.predict(i, x[rows], s[rows], p[rows])[0], count
+        )
+        context = bench.context[prompt]
+        style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
+        labels = style.expand(count, -1)
+        mine = _in_chunks(_predict(bench.student.unet, x_t, t, context, labels), count)
+        plain = _in_chunks(_predict(bench.average, x_t, t, context, None), count)
+        student_mse[name] = F.mse_loss(mine, wanted).item()
+        average_mse[name] = F.mse_loss(plain, wanted).item()
+    return score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
+
+
+def _predict(unet: Any, x_t: Tensor, t: Tensor, context: Tensor, labels: Tensor | None) -> Callable[[slice], Tensor]:
+    def rows(part: slice) -> Tensor:
+        extra = {} if labels is None else {"class_labels": labels[part].to(unet.dtype)}
+        return unet(x_t[part].to(unet.dtype), t[part], context[part].to(unet.dtype), **extra).sample.float()
+
+    return rows
+
+
+@torch.no_grad()
+def _in_chunks(predict: Callable[[slice], Tensor], count: int, chunk: int = 48) -> Tensor:
+    return torch.cat([predict(slice(k, k + chunk)) for k in range(0, count, chunk)])
+
+
+@dataclass
+class Measured:
+    """The report: what becomes report.json."""
+
+    report: dict[str, Any]
+
+
+def measure(bench: Bench, began: float, samples_seen: int | None = None, **more: Any) -> Measured:
+    """Sample all sets, compare them, and close the report. ``began`` is what ``time.monotonic()`` gave at the start.
+
+    The training data never held the bench's prompts' latents: they are drawn here, from seeds of their own.
+    """
+    latents_b = {name: bench.of_teacher(i, SEEDS_B) for i, name in enumerate(bench.names)}
+    latents_a = {name: bench.of_teacher(i, SEEDS_A) for i, name in enumerate(bench.names)}
+    of_student = {name: bench.of_student(one_hot(bench.names, name)) for name in bench.names}
+    vae = bench.student.vae
+    average = decode(vae, bench.of_average())
+    teachers_b, teachers_a, student = (
+        {name: decode(vae, z) for name, z in latents.items()} for latents in (latents_b, latents_a, of_student)
+    )
+    evaluation = evaluate_pictures(student, teachers_b, teachers_a, dict.fromkeys(bench.names, average))
+    report = to_report(
+        evaluation, gap=probe_gap(bench, latents_b), seconds=round(time.monotonic() - began, 1),
+        samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),
+        sampler={"name": "DPM-Solver++ 2M", "steps": bench.steps, "cfg_scale": bench.cfg_scale},
+        **more,
+    )  # fmt: skip
+    return Measured(report)
+
+
+def mix_pictures(
+    bench: Bench, pairs: Sequence[tuple[str, str]], row: int, amounts: Sequence[float]
+) -> list[np.ndarray]:
+    """For each pair of styles one strip (len(amounts), H, W, 3), from the first to the second; one prompt, one seed."""
+    strips = []
+    for first, second in pairs:
+        mixes = [lerp(one_hot(bench.names, first), one_hot(bench.names, second), amount) for amount in amounts]
+        latents = torch.cat([bench.of_student(mix, rows=slice(row, row + 1)) for mix in mixes])
+        strips.append(decode(bench.student.vae, latents))
+    return strips
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def commit() -> str:
+    """The commit of this checkout, or the version where there is none."""
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return f"v{__version__}"
+    return told.stdout.strip() if told.returncode == 0 else f"v{__version__}"

@@ -1,0 +1,117 @@
+"""Stock diffusers and transformers modules, built from a checkpoint's own shapes and filled with its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmm_core.checkpoint import Checkpoint, open_checkpoint
+from dmm_core.errors import BadInput
+from dmm_core.style import Codebook
+from dmm_core.tokens import tokenize
+
+
+@dataclass
+class Pipeline:
+    """All parts of one Stable Diffusion 1.5-shaped model. ``codebook`` is None where the file is no DMM file."""
+
+    unet: Any
+    text_encoder: Any
+    vae: Any
+    family: str
+    prediction_type: str
+    codebook: Codebook | None
+    path: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def styled(self) -> bool:
+        """Whether the UNet takes a style vector as ``class_labels``."""
+        return self.unet.config.class_embed_type == "identity"
+
+
+def _build(
+    cls: type, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, what: str, path: Path
+) -> Any:
+    """One module without initialisation work: on the meta device first, then the file's tensors put in."""
+    with torch.device("meta"):
+        module = cls(config) if what == "text encoder" else cls(**config)
+    wanted = set(module.state_dict())
+    if missing := sorted(wanted - set(tensors)):
+        raise BadInput(f"its {what} lacks {len(missing)} tensors, e.g. {missing[0]}", path, "Is the download complete?")
+    state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    module.load_state_dict({key: state[key] for key in wanted}, strict=True, assign=True)
+    for name, buffer in list(module.named_buffers()):  # what no state dict holds, e.g. position ids
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1])[None], persistent=False)
+    return module.eval().requires_grad_(False)
+
+
+def build_unet(config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, styled: bool) -> Any:
+    """A stock ``UNet2DConditionModel``; ``styled`` opens the class-label input, which adds to the time embedding."""
+    from diffusers import UNet2DConditionModel
+
+    extra = {"class_embed_type": "identity"} if styled else {}
+    return _build(UNet2DConditionModel, {**config, **extra}, tensors, dtype, "UNet", path)
+
+
+def build_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if not checkpoint.text_configs:
+        raise BadInput("holds no text encoder", checkpoint.path, "Use a full checkpoint, not a bare UNet.")
+    config = {k: v for k, v in checkpoint.text_configs[0].items() if k != "kind"}
+    return _build(
+        CLIPTextModel, CLIPTextConfig(**config), checkpoint.text_encoder(0), dtype, "text encoder", checkpoint.path
+    )
+
+
+def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if checkpoint.vae_config is None:
+        raise BadInput("holds no VAE", checkpoint.path, "Use a full checkpoint, not a bare UNet.")
+    config = {k: v for k, v in checkpoint.vae_config.items() if k != "kind"}
+    cls = AutoencoderTiny if checkpoint.vae_config["kind"] == "taesd" else AutoencoderKL
+    return _build(cls, config, checkpoint.vae(), dtype, "VAE", checkpoint.path)
+
+
+def require_sd15(checkpoint: Checkpoint) -> Checkpoint:
+    """Raises BadInput for what cannot be sampled or distilled yet."""
+    if checkpoint.family != "sd15":
+        raise BadInput(f"is {checkpoint.family}, and only SD1.5-shaped models can be run so far", checkpoint.path)
+    return checkpoint
+
+
+def load_pipeline(
+    source: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Pipeline:
+    """Everything of one checkpoint, ready to sample. A DMM file's UNet takes style vectors.
+
+    Raises:
+        BadInput: a file that cannot be read, a part that is missing, or SDXL.
+    """
+    checkpoint = require_sd15(source if isinstance(source, Checkpoint) else open_checkpoint(source))
+    codebook = checkpoint.codebook()
+    unet = build_unet(checkpoint.unet_config, checkpoint.unet(), dtype, checkpoint.path, styled=codebook is not None)
+    parts: list[nn.Module] = [unet, build_text_encoder(checkpoint, dtype), build_vae(checkpoint, dtype)]
+    unet, text_encoder, vae = (part.to(device) for part in parts)
+    if codebook is not None:
+        codebook = codebook.to(device=device, dtype=torch.float32).requires_grad_(False)
+    return Pipeline(unet, text_encoder, vae, checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path)
+
+
+@torch.no_grad()
+def encode_prompts(text_encoder: Any, prompts: list[str], chunk: int = 64) -> Tensor:
+    """Prompt embeddings (B, 77, C): the last hidden state after the final norm, as SD1.5 takes it."""
+    device = next(text_encoder.parameters()).device
+    tokens = tokenize(prompts).to(device)
+    return torch.cat([text_encoder(part).last_hidden_state for part in tokens.split(chunk)])

@@ -1,0 +1,247 @@
+"""A recipe: all that is needed to make, or make again, one merge. YAML or JSON in, frozen dataclasses out.
+
+Whatever can be wrong with a recipe alone is found here, before anything loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from dmm_core.errors import RecipeError
+from dmm_core.files import write_atomically
+from dmm_core.schema import Pattern, Range, Reader, plain
+
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]  # 0 = not at all
+Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, high_open=True)]
+Positive = Annotated[float, Range(0, low_open=True)]
+NotNegative = Annotated[float, Range(0)]
+Device = Annotated[str, Pattern(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto, cpu, mps, cuda or cuda:N")]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One checkpoint to learn from. ``weight`` is its share of the average that the student may start from."""
+
+    shorthand: ClassVar[str] = "path"
+    path: Path
+    name: str = ""  # of its style; "" becomes the file's stem
+    weight: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where latents and prompts come from.
+
+    "teachers": latents sampled from the teachers themselves; "images": a folder with captions; "cache": a file of
+    latents made earlier. ``size`` is in pixels, None lets the model decide.
+    """
+
+    kind: Literal["teachers", "images", "cache"] = "teachers"
+    path: Path | None = None
+    prompts: Path | None = None
+    latents_per_teacher: Count = 512
+    steps: Count = 20
+    cfg_scale: NotNegative = 5.0
+    prompt_drop: Share = 0.1
+    size: Annotated[int, Range(8)] | None = None
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How the student learns. Losses and learning rates: DMM (arXiv:2504.12364) §3.4.
+
+    ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
+    ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
+    codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses. 0 turns off: ``warmup`` and ``save_every``
+    (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+    """
+
+    start: Literal["average", "base"] = "average"
+    steps: Count = 10_000
+    batch: Count = 4
+    teachers_per_step: Count | None = None
+    micro: Count | None = None
+    resident: Count | None = None
+    lr: Positive = 1e-5
+    style_lr: Positive | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: CountOrNone = 100
+    score: Positive = 1.0
+    feature: NotNegative = 0.0
+    weight_decay: NotNegative = 0.01
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    grad_clip: NotNegative = 1.0
+    ema: BelowOne = 0.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Device = "auto"
+    seed: CountOrNone = 0
+    save_every: CountOrNone = 500
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """What to measure after training; no picture a style is no evaluation."""
+
+    images_per_style: CountOrNone = 0
+    prompts: Path | None = None
+    steps: Count = 25
+    cfg_scale: NotNegative = 7.0
+    negative: str = ""
+    seed: CountOrNone = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does)."""
+
+    teachers: tuple[TeacherSpec, ...]
+    out: Path
+    base: Path | None = None
+    title: str | None = None
+    default_style: dict[str, float] | None = None
+    include_recipe: bool = True
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+
+    def to_dict(self, names_only: bool = False) -> dict[str, Any]:
+        """What ``recipe_from_dict`` reads back, of JSON's types; ``names_only`` leaves the folders out of paths."""
+        return plain(self, (lambda path: path.name) if names_only else (lambda path: path.as_posix()))
+
+
+def load_recipe(path: str | Path, check_files: bool = True) -> Recipe:
+    """The recipe in a YAML or JSON file; relative paths start from the file's folder.
+
+    Raises:
+        RecipeError: what is wrong, with the file, the key (``train.lr``), what was expected and what is there.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError("is not UTF-8 text", path, "A recipe is a YAML file, not a checkpoint.") from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror})", path) from error
+    return recipe_from_dict(_parse(text, path), path.absolute().parent, path, check_files)
+
+
+def recipe_from_dict(
+    data: Any, folder: str | Path = ".", source: str | Path = "recipe", check_files: bool = True
+) -> Recipe:
+    """A checked recipe of a plain mapping.
+
+    Args:
+        folder: what relative paths start from.
+        source: what errors name.
+        check_files: whether inputs must be there and the output writable; False for a recipe out of a file's metadata.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, data)
+    named = (replace(t, name=(t.name or t.path.stem).strip()) for t in recipe.teachers)
+    recipe = replace(recipe, teachers=tuple(named))
+    _check_values(recipe, source)
+    if check_files:
+        _check_files(recipe, source)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe as YAML (UTF-8, atomically, paths in full): loading it gives an equal recipe."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(Path(path), text.encode("utf-8"))
+
+
+# ---------------------------------------------------------------- checks that hints cannot say
+
+
+def _check_values(recipe: Recipe, source: str | Path) -> None:
+    def demand(fine: bool, line: str, hint: str = "") -> None:
+        if not fine:
+            raise RecipeError(line, source, hint)
+
+    names = [teacher.name for teacher in recipe.teachers]
+    demand(len(names) > 0, "teachers: expected at least one, got none")
+    for i, name in enumerate(names):
+        told = f"teachers[{i}].name: the style {name!r} is there twice"
+        demand(name not in names[:i], told, "Give each teacher a name of its own.")
+    style = recipe.default_style
+    if style is not None:
+        for name in style:
+            demand(name in names, f"default_style: no teacher is called {name!r}", f"They are: {', '.join(names)}.")
+        demand(abs(sum(style.values())) > 1e-6, f"default_style: the weights sum to 0, got {style}")
+    data, train, total = recipe.data, recipe.train, len(names)
+    demand(
+        data.kind == "teachers" or data.path is not None, f"data.path is missing, and data.kind {data.kind} needs it"
+    )
+    demand(data.size is None or data.size % 8 == 0, f"data.size: expected a multiple of 8, got {data.size}")
+    demand(train.start != "base" or recipe.base is not None, "base is missing, and train.start base needs it")
+    for key in ("teachers_per_step", "micro", "resident"):
+        value = getattr(train, key)
+        demand((value or 1) <= total, f"train.{key}: expected at most the {total} teachers there are, got {value}")
+    out = recipe.out
+    demand(out.suffix.lower() == ".safetensors", f"out: expected a name that ends in .safetensors, got {out.name!r}")
+
+
+def _check_files(recipe: Recipe, source: str | Path) -> None:
+    """Inputs are there; the output lies in a folder that can be made, and is none of the inputs."""
+    inputs = {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(recipe.teachers)}
+    inputs |= {"base": recipe.base, "data.path": recipe.data.path, "data.prompts": recipe.data.prompts}  # type: ignore[dict-item]
+    inputs |= {"evaluate.prompts": recipe.evaluate.prompts}  # type: ignore[dict-item]
+    for key, path in inputs.items():
+        if path is None:
+            continue
+        if not path.exists():
+            raise RecipeError(f"{key}: there is no {path}", source, _similar_file(path))
+        if recipe.out.exists() and os.path.samefile(path, recipe.out):
+            raise RecipeError(f"out: {recipe.out} is also {key}, and would be lost", source, "Choose another name.")
+    if recipe.out.is_dir():
+        raise RecipeError(f"out: expected a file's name, got the folder {recipe.out}", source)
+    nearest = next((folder for folder in recipe.out.parents if folder.exists()), None)
+    if nearest is None or not nearest.is_dir():
+        why = "there is no such drive" if nearest is None else f"{nearest} is not a folder"
+        raise RecipeError(f"out: {recipe.out} cannot be written, {why}", source)
+    if not os.access(nearest, os.W_OK):
+        raise RecipeError(f"out: {recipe.out} cannot be written, {nearest} is read-only", source)
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 1)
+    except OSError:
+        return ""
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+# ---------------------------------------------------------------- text
+
+
+def _parse(text: str, path: Path) -> Any:
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"line {error.lineno} is not valid JSON: {error.msg}", path) from error
+    from dmm_core.yaml_reader import parse_yaml
+
+    return parse_yaml(text, path)
+
+
+def _unique(pairs: list[tuple[Any, Any]], path: Path) -> Mapping[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise RecipeError(f"the key {key} is there twice", path)
+        seen[key] = value
+    return seen

@@ -1,0 +1,230 @@
+"""From a recipe to a DMM file: open, check, make data, train, save. What the commands (and later the hosts) drive."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmm_core.checkpoint import Checkpoint
+from dmm_core.data import LatentData, Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
+from dmm_core.distill import Distillation, StepResult
+from dmm_core.errors import BadInput
+from dmm_core.measure import Bench
+from dmm_core.merge import weighted_average
+from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
+from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
+from dmm_core.recipe import Recipe, dump_recipe
+from dmm_core.sample import initial_noise, sample_latents
+from dmm_core.student import Student
+from dmm_core.teachers import Teachers
+
+Notify = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress callback of those who want none."""
+
+
+@dataclass
+class Merge:
+    """A distillation that is ready to run, with all that its output needs."""
+
+    recipe: Recipe
+    sources: Sources
+    distillation: Distillation
+    seconds: float = 0.0
+
+    @property
+    def work(self) -> Path:
+        """Folder for the resumable state and the cached latents, beside the output."""
+        return work_folder(self.recipe)
+
+    @property
+    def state_file(self) -> Path:
+        return self.work / "state.safetensors"
+
+    def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
+        """Train to the end of the recipe, saving every ``save_every`` steps; ``stop`` saves, then KeyboardInterrupt."""
+        every = self.recipe.train.save_every
+        for result in self.distillation.run():
+            yield result
+            if stop():
+                self.distillation.save_state(self.state_file)
+                raise KeyboardInterrupt
+            if every and result.step % every == 0:
+                self.distillation.save_state(self.state_file)
+
+    def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
+        """``steps``, with the time they take added to ``seconds``."""
+        began = time.monotonic()
+        try:
+            yield from self.steps(stop)
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def save(self, report: dict | None = None) -> Path:
+        """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``use_average`` comes before."""
+        recipe, out = self.recipe, Path(self.recipe.out)
+        self.distillation.student.save(
+            out, self.sources.base, style_info=self.style_info(), title=recipe.title or out.stem, report=report,
+            recipe=recipe.to_dict(names_only=True) if recipe.include_recipe else None,
+        )  # fmt: skip
+        dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return out
+
+    def style_info(self) -> list[dict[str, str]]:
+        """Name, teacher file and its hash for every style, as the DMM file's metadata has them."""
+        return [
+            {"name": name, "teacher": teacher.path.name, "sha256": teacher.sha256()}
+            for name, teacher in zip(self.sources.names, self.sources.teachers, strict=True)
+        ]
+
+
+def work_folder(recipe: Recipe) -> Path:
+    out = Path(recipe.out)
+    return out.with_name(out.stem + ".work")
+
+
+def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent) -> Merge:
+    """Open and check everything, make or load the data, build the student, and take up a saved state.
+
+    Raises:
+        BadInput: anything about the recipe's files; a state to resume that is not there, or one that would be lost.
+    """
+    state = work_folder(recipe) / "state.safetensors"
+    if resume and not state.exists():
+        raise BadInput("there is no saved state to resume", state, "Start without --resume.")
+    if not resume and state.exists():
+        raise BadInput("an interrupted run lies here", state, "Go on with --resume, or delete it.")
+    sources = open_sources(recipe)
+    teachers = load_teachers(recipe, sources)
+    prompts, pools = make_data(recipe, sources, teachers, notify)
+    merge = Merge(
+        recipe, sources, ready(recipe, sources, LatentData(prompts, pools, recipe.data.prompt_drop), teachers)
+    )
+    if resume:
+        merge.distillation.load_state(state)
+    return merge
+
+
+def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
+    device = choose_device(recipe.train.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        choose_precision(recipe.train.precision, device)
+    ]
+    return Teachers(sources.teachers, device, dtype, recipe.train.resident)
+
+
+def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers | None = None) -> Distillation:
+    """Student, teachers and data as the recipe wants them, before the first step."""
+    teachers = teachers or load_teachers(recipe, sources)
+    teachers.embed(data.prompts)
+    encoder = build_text_encoder(sources.base, torch.float32).to(teachers.device)
+    context = encode_prompts(encoder, list(data.prompts)).cpu()
+    tensors = start_tensors(recipe, sources)
+    student = Student.start(sources.base, tensors, sources.names, recipe.default_style, recipe.train.seed).to(
+        teachers.device
+    )
+    precision = choose_precision(recipe.train.precision, teachers.device.type)
+    return Distillation(student, teachers, data, context, recipe.train, precision)
+
+
+def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
+    """The student's first UNet: the weighted average of the teachers, or the base."""
+    if recipe.train.start == "base":
+        return {key: tensor.float() for key, tensor in sources.base.unet().items()}
+    return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers])
+
+
+def average_tensors(teachers: Sequence[Checkpoint], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """The teachers' weight average, which is also what the student is measured against."""
+    return weighted_average([teacher.unet for teacher in teachers], weights)
+
+
+# ---------------------------------------------------------------- data
+
+
+def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify) -> tuple[list[str], list[Pool]]:
+    """Prompts and one pool of latents a teacher (or one for all), from the cache if this recipe has made one."""
+    spec = recipe.data
+    if spec.kind == "cache":
+        return load_cache(spec.path or "")
+    cache = work_folder(recipe) / "latents.safetensors"
+    if cache.exists():
+        return load_cache(cache)
+    if spec.kind == "images":
+        prompts, pool = encode_images(
+            build_vae(sources.base, torch.float32).to(teachers.device), spec.path or "", spec.size or 512
+        )
+        pools = [pool]
+    else:
+        prompts = (
+            read_prompts(spec.prompts)
+            if spec.prompts
+            else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
+        )
+        pools = teacher_latents(recipe, sources, teachers, prompts, notify)
+    save_cache(cache, prompts, pools)
+    return load_cache(cache)  # as stored, so that a resumed run sees the same bits
+
+
+def teacher_latents(
+    recipe: Recipe,
+    sources: Sources,
+    teachers: Teachers,
+    prompts: Sequence[str],
+    notify: Notify = silent,
+    chunk: int = 16,
+) -> list[Pool]:
+    """``latents_per_teacher`` latents sampled from every teacher, the prompts in turn: no data set is needed."""
+    spec = recipe.data
+    count, total = spec.latents_per_teacher, spec.latents_per_teacher * len(teachers)
+    size = latent_size(sources.base, spec.size)
+    teachers.embed([*prompts, ""])
+    pools = []
+    for index in range(len(teachers)):
+        number = (
+            torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
+        )
+        parts = []
+        for start in range(0, count, chunk):
+            rows = number[start : start + chunk]
+            seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + start + i for i in range(len(rows))]
+            parts.append(
+                sample_latents(
+                    teachers.unet(index), teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
+                    cfg_scale=spec.cfg_scale, negative=teachers.context(index, torch.tensor([len(prompts)])),
+                    prediction_type=sources.base.prediction_type,
+                ).cpu()
+            )  # fmt: skip
+            notify("teachers draw their training data", index * count + start + len(rows), total)
+        pools.append(Pool(torch.cat(parts), number))
+    return pools
+
+
+def latent_size(base: Checkpoint, pixels: int | None) -> tuple[int, int]:
+    """Height and width of latents: of ``pixels`` square, or of the size that the file says it is made for."""
+    side = pixels // 8 if pixels else int(base.unet_config["sample_size"])
+    return side, side
+
+
+# ---------------------------------------------------------------- what is measured afterwards
+
+
+def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float, notify: Notify = silent) -> Bench:
+    """The trained student beside its teachers and their weight average, asked prompts that training did not use."""
+    sources, distillation = merge.sources, merge.distillation
+    base, device = sources.base, distillation.device
+    encoder, vae = build_text_encoder(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
+    student, path = distillation.student.eval(), Path(merge.recipe.out)
+    pipe = Pipeline(student.unet, encoder, vae, base.family, base.prediction_type, student.codebook, path)
+    average = build_unet(base.unet_config, average_tensors(sources.teachers), torch.float32, path, styled=False)
+    size = latent_size(base, merge.recipe.data.size)
+    return Bench(pipe, distillation.teachers, average.to(device), prompts, size, steps, cfg_scale, notify)

@@ -1,0 +1,114 @@
+"""Pictures without a host: DPM-Solver++ (2M) with classifier-free guidance, one style vector a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_core.diffusion import SCHEDULER
+from dmm_core.models import Pipeline, encode_prompts
+
+
+def initial_noise(seeds: Sequence[int], size: tuple[int, int] = (8, 8)) -> Tensor:
+    """One latent (4, h, w) a seed, drawn on the CPU so that every device starts alike: (B, 4, h, w)."""
+    return torch.stack([torch.randn(4, *size, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+@torch.no_grad()
+def sample_latents(
+    unet: Any,
+    context: Tensor,
+    noise: Tensor,
+    *,
+    steps: int = 12,
+    cfg_scale: float = 1.0,
+    negative: Tensor | None = None,
+    style: Tensor | None = None,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """Latents (B, 4, h, w) from noise of that shape.
+
+    Args:
+        context: prompt embeddings (B, 77, C).
+        negative: embedding (1, 77, C) of the negative prompt; needed where ``cfg_scale`` is not 1.
+        style: style vectors (B, d) or (d,) for a UNet that takes them; both halves of CFG get the same.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER, prediction_type=prediction_type, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    guided = cfg_scale != 1.0
+    if guided:
+        if negative is None:
+            raise ValueError("cfg_scale other than 1 needs the negative prompt's embedding")
+        context = torch.cat([context, negative.expand_as(context)])
+    kwargs = {}
+    if style is not None:
+        rows = style.expand(len(noise), -1)
+        kwargs["class_labels"] = (torch.cat([rows, rows]) if guided else rows).to(unet.dtype)
+    x = noise.to(device=unet.device, dtype=torch.float32)
+    for t in scheduler.timesteps:
+        both = torch.cat([x, x]) if guided else x
+        eps = unet(both.to(unet.dtype), t, context, **kwargs).sample.float()
+        if guided:
+            cond, uncond = eps.chunk(2)
+            eps = uncond + cfg_scale * (cond - uncond)
+        x = scheduler.step(eps, t, x, return_dict=False)[0]
+    return x
+
+
+def sample(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int = 12,
+    cfg_scale: float = 1.0,
+    negative: str = "",
+    style: Tensor | None = None,
+    size: tuple[int, int] = (64, 64),
+    chunk: int = 48,
+) -> Tensor:
+    """Latents (B, 4, h/8, w/8) of prompts, one seed each; ``size`` in pixels, ``style`` (B, d) or (d,).
+
+    A DMM file without ``style`` gives its default style.
+    """
+    if pipe.styled and style is None:
+        assert pipe.codebook is not None
+        style = pipe.codebook.default_style()
+    context = encode_prompts(pipe.text_encoder, list(prompts))
+    empty = encode_prompts(pipe.text_encoder, [negative]) if cfg_scale != 1.0 else None
+    noise = initial_noise(seeds, (size[0] // 8, size[1] // 8))
+    parts = []
+    for start in range(0, len(prompts), chunk):
+        rows = slice(start, start + chunk)
+        part_style = style[rows] if style is not None and style.ndim == 2 else style
+        parts.append(
+            sample_latents(
+                pipe.unet, context[rows], noise[rows], steps=steps, cfg_scale=cfg_scale, negative=empty,
+                style=part_style, prediction_type=pipe.prediction_type,
+            )
+        )  # fmt: skip
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor, chunk: int = 48) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of latents (B, 4, h, w) as the UNet sees them."""
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    made = [vae.decode((part / scale).to(vae.dtype)).sample.float() for part in latents.split(chunk)]
+    pixels = ((torch.cat(made).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def encode(vae: Any, pictures: np.ndarray, chunk: int = 48) -> Tensor:
+    """Latents (B, 4, H/8, W/8) of pictures uint8 (B, H, W, 3): the mean, where the VAE gives a distribution."""
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    pixels = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    made = [vae.encode(part) for part in pixels.split(chunk)]
+    return torch.cat([(m.latents if hasattr(m, "latents") else m.latent_dist.mean).float() for m in made]) * scale

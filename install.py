@@ -1,0 +1,203 @@
+"""Set-up for people and hosts; needs the standard library alone.
+
+Without arguments, as ComfyUI and the webuis call it, it changes nothing: inference needs only what they already have.
+
+    python install.py --demo [ARGS]   make .venv-dmm beside this file, then run ``dmm demo ARGS`` in it
+    python install.py --test [ARGS]   the same, then run ``pytest ARGS``
+
+A torch that this Python already has is used, not downloaded again; no package of this Python is added or changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv-dmm"
+STAMP = VENV / "dmm-install.stamp"  # what was installed to the end
+PYTHON = (3, 10)  # as pyproject.toml says
+OLDEST_TORCH = (2, 4)  # older ones do not go with transformers
+EXTRAS = {"--demo": ("train",), "--test": ("train", "dev")}
+# With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
+ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "pytest", "ruff", "mypy"}
+
+
+class SetupError(Exception):
+    """What is wrong, and what to do, in one line; ``code`` is the exit code: 2 the machine's fault, 1 pip's failure."""
+
+    def __init__(self, line: str, code: int = 2) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+def say(line: str) -> None:
+    print("install.py: " + line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- what to install
+
+
+def extra(name: str) -> list[str]:
+    """The requirements of one extra of pyproject.toml (read by hand: tomllib is newer than Python 3.10)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(rf"^{re.escape(name)} = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
+    if not found:
+        raise SetupError(f"pyproject.toml lists no extra {name}. Is this clone complete?")
+    return list(ast.literal_eval(found.group(1)))
+
+
+def package_folders() -> list[str]:
+    """Where this Python's packages lie."""
+    return [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def host_packages() -> dict[str, str]:
+    """Names and versions of what this Python has, read from the folders' names: nothing is imported."""
+    found: dict[str, str] = {}
+    for folder in package_folders():
+        for info in Path(folder).glob("*-*.dist-info"):
+            name, _, version = info.name[: -len(".dist-info")].partition("-")
+            found.setdefault(normal(name), version)
+    return found
+
+
+def host_torch() -> str | None:
+    """The version of a torch that this Python has, if it is new enough."""
+    version = host_packages().get("torch", "")
+    number = re.match(r"(\d+)\.(\d+)", version)
+    return version if number and (int(number[1]), int(number[2])) >= OLDEST_TORCH else None
+
+
+def constraints(torch: str | None) -> str:
+    """constraints.txt; where the host's torch is used, without what the host has."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    free = set(host_packages()) - ALWAYS_PINNED if torch else set()
+    return "\n".join(line for line in lines if normal(line.partition("==")[0]) not in free) + "\n"
+
+
+def requirements(extras: Iterable[str], torch: str | None) -> list[str]:
+    return [*([] if torch else ["torch"]), *(line for name in extras for line in extra(name))]
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def fingerprint(torch: str | None) -> str:
+    """Changes whenever the environment must be made anew: other requirements, versions, Python, place or torch."""
+    parts = [*requirements(("train", "dev"), torch), constraints(torch), sys.version, sys.prefix, str(VENV), str(torch)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def installed(wanted: str) -> set[str]:
+    """The extras that the environment holds; none where it is missing, outdated or was broken off half-way."""
+    if not (STAMP.exists() and venv_python().exists()):
+        return set()
+    then, *extras = STAMP.read_text(encoding="utf-8").split()
+    return set(extras) if then == wanted else set()
+
+
+def run(command: list[str], **options: Any) -> int:
+    """Run to the end and return the exit code. The caller's PYTHONPATH and PYTHONHOME stay out of it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    # threads that soon stop spinning: as fast as the default when alone, and not many times slower on a busy machine
+    environment = {"GOMP_SPINCOUNT": "10000", "PYTHONUTF8": "1", **environment, **options.pop("env", {})}
+    return subprocess.run(command, env=environment, **options).returncode
+
+
+def make_venv(torch: str | None) -> None:
+    """A fresh environment; with the host's packages behind its own, where its torch is to be used."""
+    say(f"making {VENV.name} with Python {sys.version.split()[0]}")
+    if VENV.exists():
+        shutil.rmtree(VENV)
+    if run([sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        shutil.rmtree(VENV, ignore_errors=True)
+        raise SetupError(
+            f"{sys.executable} cannot make a virtual environment. On Debian and Ubuntu run: apt install python3-venv. "
+            "Where Python came inside another program, use one from python.org."
+        )
+    if torch:  # not --system-site-packages: that would skip the packages of a host that runs in a venv itself
+        code = "import sysconfig; print(ascii(sysconfig.get_path('purelib')))"
+        own = subprocess.run([str(venv_python()), "-c", code], capture_output=True, text=True, check=True).stdout
+        # one line of code, and ASCII: lines of a .pth file that are bare paths are read in the locale's encoding
+        line = f"import sys; sys.path.extend({package_folders()!a})\n"
+        Path(ast.literal_eval(own), "zz-host.pth").write_text(line, encoding="ascii")
+
+
+def prepare(extras: tuple[str, ...]) -> Path:
+    """Bring the environment to hold these extras; returns its Python. Does nothing where it holds them already."""
+    torch = host_torch()
+    wanted = fingerprint(torch)
+    have = installed(wanted)
+    if have.issuperset(extras):
+        return venv_python()
+    if not have:
+        make_venv(torch)
+    STAMP.unlink(missing_ok=True)  # so that an install that breaks off is seen as such
+    note = f"using torch {torch} of this Python" if torch else "torch is the large part"
+    say(f"installing {', '.join(extras)} requirements ({note})")
+    limits = VENV / "constraints.txt"
+    limits.write_text(constraints(torch), encoding="utf-8")
+    # --only-binary: a missing wheel is then an error at once, and not a build that needs a compiler
+    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip += [] if sys.stdout.isatty() else ["-qq"]  # progress bars for those who watch
+    if run([*pip, "--only-binary=:all:", "-c", str(limits), *requirements(extras, torch)]):
+        raise SetupError("pip could not install the requirements; its message is above. Is there a network?", 1)
+    STAMP.write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
+    return venv_python()
+
+
+# ---------------------------------------------------------------- commands
+
+
+def start(action: str, arguments: list[str]) -> int:
+    """Prepare the environment and run the command in it; returns the command's exit code."""
+    if sys.version_info < PYTHON:
+        raise SetupError(f"Python {PYTHON[0]}.{PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}.")
+    python, here = str(prepare(EXTRAS[action])), {"PYTHONPATH": str(ROOT)}
+    if action == "--test":
+        return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
+    return run([python, "-m", "dmm_core", "demo", *arguments], env=here)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        return 0
+    if arguments[0] in EXTRAS:
+        return start(arguments[0], arguments[1:])
+    if arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0
+    raise SetupError(
+        f"there is no option {arguments[0]}. The options are --demo and --test, each before its arguments."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SetupError as error:
+        say(str(error))
+        sys.exit(error.code)
+    except OSError as error:
+        say(f"{error.filename or ROOT}: {error.strerror or error}. Is there room on the disk, and the right to write?")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)

@@ -1,0 +1,42 @@
+"""The embedded default: what ``dmm demo`` merges, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mini_family.names import caption, subjects
+
+CFG_SCALE = 2.0
+SAMPLER_STEPS = 12
+SHOWN = ("cat face", "crown", "sunflower", "red apple", "guitar", "house", "skull", "lemon", "panda", "rocket")
+REPEATS = 3  # pictures a held-out subject and style
+
+
+def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, steps: int) -> dict[str, Any]:
+    """The demo's recipe as plain data: average start, score distillation, latents drawn by the teachers."""
+    return {
+        "title": "mini family",
+        "base": str(base),
+        "teachers": [{"path": str(path), "name": path.stem} for path in teachers],
+        "out": str(folder / "mini-dmm.safetensors"),
+        "data": {"prompts": str(prompts), "latents_per_teacher": 248, "steps": 8, "cfg_scale": 1.0, "size": 64},
+        "train": {
+            "steps": steps, "batch": 6, "lr": 1e-3, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
+            "betas": [0.9, 0.99], "precision": "fp32", "save_every": 200,
+        },
+    }  # fmt: skip
+
+
+def training_prompts() -> list[str]:
+    return [caption(name) for name in subjects(held=False)]
+
+
+def held_out_prompts() -> list[str]:
+    """Prompts for the comparison: every subject that no training ever saw, ``REPEATS`` times."""
+    return [caption(name) for name in subjects(held=True)] * REPEATS
+
+
+def shown_prompts() -> list[str]:
+    """Prompts for the pictures; the seeds are not those of the training data."""
+    return [f"a picture of a {name}" for name in SHOWN]

@@ -1,0 +1,213 @@
+"""The trainer: the same rows for student and teacher, self-merge, exact resume (design laws 6, 8, 9)."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dmm_core.data import LatentData, Pool
+from dmm_core.losses import BlockFeatures, feature_loss, score_loss
+from dmm_core.recipe import recipe_from_dict
+from dmm_core.run import open_sources, prepare, ready
+from tests.unit import tiny
+
+SMALL = {"latents_per_teacher": 3, "steps": 1, "cfg_scale": 1.0, "size": 64}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    paths = []
+    for seed in (0, 50):
+        paths.append(folder / f"teacher {seed}.safetensors")
+        tiny.write_tiny(paths[-1], seed=seed)
+    return paths
+
+
+def recipe(out: Path, teachers: list[Path], **train):
+    spec = {"steps": 4, "batch": 2, "warmup": 0, "lr": 1e-3, "precision": "fp32", "device": "cpu", "save_every": 1}
+    entries = [{"path": str(path), "name": f"style {i}"} for i, path in enumerate(teachers)]
+    return recipe_from_dict({"teachers": entries, "out": str(out), "data": SMALL, "train": spec | train})
+
+
+def built(out: Path, teachers: list[Path], **train):
+    made = recipe(out, teachers, **train)
+    pool = Pool(torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(5) % 2)
+    return ready(made, open_sources(made), LatentData(["a", "b"], [pool], 0.5))
+
+
+def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
+    """Law 8: one draw of x_t, t, noise and prompt drop; each side looks the prompt up in its own encoder's table."""
+    distillation = built(tmp_path / "o.safetensors", teachers)
+    asked, seen = [], []
+    predict, forward = distillation.teachers.predict, distillation.student.forward
+    monkeypatch.setattr(
+        distillation.teachers, "predict",
+        lambda i, x, t, p, features=False: (
+            asked.append((x, t, distillation.context[p])) or predict(i, x, t, p, features)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        distillation.student, "forward", lambda x, t, c, w: (seen.append((x, t, c)), forward(x, t, c, w))[1]
+    )
+    for _ in range(3):
+        distillation.step()
+    for k, (x, t, context) in enumerate(seen):
+        mine = asked[2 * k : 2 * k + 2]
+        assert torch.equal(x, torch.cat([a[0] for a in mine]))
+        assert torch.equal(t, torch.cat([a[1] for a in mine]))
+        assert torch.equal(context, torch.cat([a[2] for a in mine]))
+
+
+def test_prompt_drop_is_the_share_asked_for():
+    data = LatentData(["a"], [Pool(torch.zeros(1, 4, 1, 1), torch.zeros(1, dtype=torch.long))], 0.1)
+    prompts = data.draw(0, 20_000, torch.Generator().manual_seed(0)).prompt
+    assert abs((prompts == 1).float().mean().item() - 0.1) < 0.01
+
+
+def test_one_teacher_with_itself_starts_exact(tmp_path, teachers):
+    """Law 9: zero training from a single teacher's own weights is exact, twice the same teacher too."""
+    assert built(tmp_path / "a.safetensors", teachers[:1]).step().loss == 0.0
+    twice = built(tmp_path / "b.safetensors", [teachers[0], teachers[0]], lr=1e-9)
+    assert all(twice.step().loss < 1e-9 for _ in range(3))
+
+
+def test_training_lowers_the_loss(tmp_path, teachers):
+    distillation = built(tmp_path / "o.safetensors", teachers, steps=30, batch=4)
+    losses = [result.loss for result in distillation.run()]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert distillation.samples_seen == 30 * 2 * 4
+
+
+def test_gradient_accumulation_over_teachers_changes_nothing_but_rounding(tmp_path, teachers):
+    whole, parts = (built(tmp_path / f"{micro}.safetensors", teachers, micro=micro) for micro in (2, 1))
+    for _ in range(2):
+        assert whole.step().loss == pytest.approx(parts.step().loss, rel=1e-4)
+
+
+def test_teachers_take_turns(tmp_path, teachers):
+    distillation = built(tmp_path / "o.safetensors", teachers, teachers_per_step=1)
+    assert [list(distillation.step().score) for _ in range(3)] == [["style 0"], ["style 1"], ["style 0"]]
+
+
+def test_residency_drops_the_least_recently_used(tmp_path, teachers):
+    distillation = built(tmp_path / "o.safetensors", teachers, resident=1)
+    pool = distillation.teachers
+    before = pool.loads
+    for index in (0, 0, 1, 1, 0):
+        pool.unet(index)
+    assert pool.loads - before == 3 and len(pool._unets) == 1
+
+
+def test_each_teacher_has_its_own_text_encoder(tmp_path, teachers):
+    pool = built(tmp_path / "o.safetensors", teachers).teachers
+    prompts = torch.tensor([0])
+    assert not torch.equal(pool.context(0, prompts), pool.context(1, prompts))
+
+
+def test_losses_by_hand():
+    a, b = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 4.0], [0.0, 5.0]])
+    assert torch.equal(score_loss(a, b), torch.tensor([2.0, 4.5]))
+    assert torch.equal(feature_loss([a, a], [b, a]), torch.tensor([1.0, 2.25]))
+    with pytest.raises(ValueError, match="2 and 1"):
+        feature_loss([a, a], [b])
+
+
+def test_features_are_those_of_all_blocks(tmp_path, teachers):
+    """Four down, one mid, four up in SD1.5; two, one, two here."""
+    distillation = built(tmp_path / "o.safetensors", teachers, feature=0.1)
+    result = distillation.step()
+    assert set(result.feature) == {"style 0", "style 1"} and min(result.feature.values()) > 0
+    unet = distillation.teachers.unet(0)
+    with BlockFeatures(unet) as blocks, torch.no_grad():
+        unet(torch.zeros(1, 4, 8, 8), torch.tensor([1]), torch.zeros(1, 77, 64))
+    assert len(blocks.take()) == 5
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "teachers_per_step": 1}])
+def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
+    """Law 6: bit for bit, through the file."""
+    straight = built(tmp_path / "o.safetensors", teachers, **extra)
+    list(straight.run())
+    first = built(tmp_path / "o.safetensors", teachers, **extra)
+    first.step(), first.step()
+    first.save_state(tmp_path / "state.safetensors")
+    second = built(tmp_path / "o.safetensors", teachers, **extra)
+    second.load_state(tmp_path / "state.safetensors")
+    list(second.run())
+    (tensors, strings), (expected, told) = second.state(), straight.state()
+    assert strings == told and tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_state_of_another_recipe_is_refused(tmp_path, teachers):
+    from dmm_core.errors import BadInput
+
+    state = tmp_path / "state.safetensors"
+    built(tmp_path / "o.safetensors", teachers).save_state(state)
+    with pytest.raises(BadInput, match="another recipe"):
+        built(tmp_path / "o.safetensors", teachers, lr=5e-4).load_state(state)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="no saved state"):
+        built(tmp_path / "o.safetensors", teachers).load_state(state)
+
+
+def command(path: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "dmm_core", "distill", str(path), *more]
+
+
+@pytest.mark.slow
+def test_kill_at_ten_random_moments_resumes_exactly(tmp_path, teachers):
+    """kill -9 in mid-training and mid-save (every step saves); the end equals an uninterrupted run, no torn file."""
+    from dmm_core.recipe import dump_recipe
+
+    whole, broken = (recipe(tmp_path / name / "out.safetensors", teachers, steps=40) for name in ("whole", "broken"))
+    for made in (whole, broken):
+        dump_recipe(made, made.out.with_suffix(".yaml"))
+    subprocess.run(command(whole.out.with_suffix(".yaml")), check=True, capture_output=True)
+    state = broken.out.with_name("out.work") / "state.safetensors"
+    rng, kills = random.Random(7), 0
+    for _ in range(10):
+        more = ["--resume"] if state.exists() else []
+        child = subprocess.Popen(
+            command(broken.out.with_suffix(".yaml"), *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        started = state.stat().st_mtime_ns if state.exists() else 0
+        until = time.monotonic() + 60
+        while (
+            child.poll() is None
+            and time.monotonic() < until
+            and (state.stat().st_mtime_ns if state.exists() else 0) == started
+        ):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        child.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        kills += child.wait() != 0
+        if state.exists():
+            with safe_open(str(state), "pt") as file:
+                assert file.metadata()["dmm.resume"]
+    assert kills >= 5
+    if not broken.out.exists():
+        subprocess.run(command(broken.out.with_suffix(".yaml"), "--resume"), check=True, capture_output=True)
+    with safe_open(str(whole.out), "pt") as a, safe_open(str(broken.out), "pt") as b:
+        assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
+
+
+def test_stop_saves_and_resume_finishes(tmp_path, teachers):
+    made = recipe(tmp_path / "o.safetensors", teachers)
+    merge = prepare(made)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in merge.steps(stop=lambda: merge.distillation.step_count == 2):
+            pass
+    resumed = prepare(made, resume=True)
+    assert resumed.distillation.step_count == 2
+    list(resumed.steps())
+    assert resumed.save().exists() and not resumed.work.exists()

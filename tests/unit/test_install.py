@@ -1,0 +1,166 @@
+"""install.py: harmless without arguments, and an environment that is made once, repaired, and never half-way."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+FILES = ("install.py", "pyproject.toml", "constraints.txt")
+
+
+@pytest.fixture
+def install(root, tmp_path):
+    """install.py of a copy of the clone, with the commands it would run written down instead."""
+    clone = tmp_path / "my clone ü"
+    clone.mkdir()
+    for name in FILES:
+        shutil.copy(root / name, clone / name)
+    spec = importlib.util.spec_from_file_location("install_under_test", clone / "install.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.commands = []
+    module.codes = {}
+
+    def run(command, **options):
+        module.commands.append([str(part) for part in command])
+        if command[1:3] == ["-m", "venv"] and not module.codes.get("venv"):
+            python = module.venv_python()
+            python.parent.mkdir(parents=True)
+            python.touch()
+        return next((code for word, code in module.codes.items() if word in command), 0)
+
+    module.real_run, module.run = module.run, run
+    module.host_packages = lambda: {}
+    return module
+
+
+def pips(install):
+    return [command for command in install.commands if "pip" in command]
+
+
+def test_without_arguments_nothing_happens(root, tmp_path):
+    for name in FILES:
+        shutil.copy(root / name, tmp_path / name)
+    done = subprocess.run([sys.executable, str(tmp_path / "install.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(os.listdir(tmp_path)) == sorted(FILES)
+
+
+def test_unknown_option_is_one_line(root):
+    done = subprocess.run([sys.executable, str(root / "install.py"), "--tset"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "--tset" in done.stderr and "--test" in done.stderr
+
+
+def test_demo_installs_once_and_passes_arguments_on(install):
+    assert install.main(["--demo", "--out", "my folder"]) == 0
+    assert install.commands[-1][1:] == ["-m", "dmm_core", "demo", "--out", "my folder"]
+    (pip,) = pips(install)
+    assert "torch" in pip and "--only-binary=:all:" in pip and not any(part.startswith("pytest") for part in pip)
+    assert install.main(["--demo"]) == 0
+    assert len(pips(install)) == 1
+
+
+def test_test_adds_to_the_demos_environment_and_demo_then_needs_nothing(install):
+    install.main(["--demo"])
+    install.main(["--test", "-k", "x"])
+    assert install.commands[-1][1:] == ["-m", "pytest", "-k", "x"]
+    assert len(pips(install)) == 2 and any(part.startswith("pytest") for part in pips(install)[1])
+    assert sum(command[1:3] == ["-m", "venv"] for command in install.commands) == 1
+    install.main(["--demo"])
+    install.main(["--test"])
+    assert len(pips(install)) == 2
+
+
+def test_failed_install_is_told_and_made_anew_next_time(install):
+    install.codes["pip"] = 1
+    with pytest.raises(install.SetupError) as caught:
+        install.main(["--demo"])
+    assert caught.value.code == 1 and "\n" not in str(caught.value)
+    assert not any("dmm_core" in command for command in install.commands)
+    left_over = install.VENV / "left-over"
+    left_over.touch()
+    install.codes.clear()
+    assert install.main(["--demo"]) == 0
+    assert not left_over.exists() and install.STAMP.exists()
+
+
+def test_changed_constraints_make_it_anew(install):
+    install.main(["--demo"])
+    with (install.ROOT / "constraints.txt").open("a", encoding="utf-8") as file:
+        file.write("extra==1.0\n")
+    install.main(["--demo"])
+    assert len(pips(install)) == 2
+
+
+def test_no_venv_module_is_one_line_with_what_to_do(install):
+    install.codes["venv"] = 1
+    with pytest.raises(install.SetupError, match="python3-venv") as caught:
+        install.main(["--demo"])
+    assert caught.value.code == 2 and not install.VENV.exists()
+
+
+def test_old_python_is_refused(install, monkeypatch):
+    monkeypatch.setattr(install, "PYTHON", (99, 0))
+    with pytest.raises(install.SetupError, match=r"99\.0 or newer"):
+        install.main(["--demo"])
+
+
+def test_a_torch_that_is_there_is_used(install, monkeypatch):
+    monkeypatch.setattr(
+        install, "host_packages", lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4", "diffusers": "0.31"}
+    )
+    monkeypatch.setattr(install, "make_venv", lambda torch: install.VENV.mkdir())
+    install.main(["--demo"])
+    (pip,) = pips(install)
+    assert "torch" not in pip
+    limits = (install.VENV / "constraints.txt").read_text(encoding="utf-8")
+    assert "torch==" not in limits and "numpy==" not in limits and "diffusers==" in limits
+
+
+@pytest.mark.parametrize(("version", "used"), [("2.4.0", True), ("2.13.0+cpu", True), ("2.1.2", False), ("", False)])
+def test_how_old_a_torch_may_be(install, version, used):
+    install.host_packages = lambda: {"torch": version}
+    assert bool(install.host_torch()) is used
+
+
+def test_the_hosts_packages_stand_behind_the_environments_own(install, tmp_path, monkeypatch):
+    """A real venv without pip: what the host has can be imported, and what the environment has wins."""
+    host = tmp_path / "höst" / "site-packages"
+    host.mkdir(parents=True)
+    (host / "only_in_host.py").write_text("", encoding="utf-8")
+    (host / "in_both.py").write_text("where = 'host'", encoding="utf-8")
+
+    def run(command, **options):
+        return install.real_run([*command, *(["--without-pip"] if "venv" in command else [])], **options)
+
+    monkeypatch.setattr(install, "run", run)
+    monkeypatch.setattr(install, "package_folders", lambda: [str(host)])
+    install.make_venv("2.8.0")
+    own = next(install.VENV.rglob("zz-host.pth")).parent
+    (own / "in_both.py").write_text("where = 'own'", encoding="utf-8")
+    code = "import only_in_host, in_both; print(in_both.where)"
+    done = subprocess.run([str(install.venv_python()), "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "own", done.stderr
+
+
+def test_extras_are_read_as_toml_reads_them(install):
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((install.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, wanted in project["optional-dependencies"].items():
+        assert install.extra(name) == wanted
+    assert project["dependencies"] == [], "a host would install them"
+
+
+def test_every_requirement_has_a_tested_version(install):
+    pinned = {
+        install.normal(line.partition("==")[0]) for line in install.constraints(None).splitlines() if "==" in line
+    }
+    wanted = {install.normal(line.split(">")[0]) for line in install.requirements(("train", "dev"), None)}
+    assert wanted <= pinned
