@@ -20,7 +20,7 @@ from torch import Tensor
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.data import Batch, LatentData
 from dmm_core.errors import BadInput
-from dmm_core.losses import BlockFeatures, feature_loss, score_loss
+from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
 from dmm_core.recipe import TrainSpec
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
@@ -73,6 +73,7 @@ class Distillation:
             {"params": list(student.codebook.parameters()), "peak": spec.style_lr or spec.lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        self.weights = timestep_weights(spec.snr_power)
         self.average = [p.detach().clone() for p in student.parameters()] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
         self.step_count = self.samples_seen = 0
@@ -116,7 +117,7 @@ class Distillation:
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t.to(self.device), t.to(self.device), self.context[prompt].to(self.device), weights)
         score = score_loss(eps, torch.cat([target.eps for target in targets]))
-        loss = self.spec.score * score
+        loss = self.spec.score * score * self.weights[t].to(self.device)
         feature = torch.zeros_like(score)
         if self.spec.feature > 0:
             teacher_features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmm_core.diffusion import alphas_cumprod
+
+MAX_WEIGHT = 10.0  # of a timestep, before the weights are brought to mean 1
+
 
 def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Eq. 9: squared error between noise predictions (B, C, H, W), a mean a row: (B,)."""
@@ -21,6 +25,17 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     if len(student) != len(teacher):
         raise ValueError(f"expected the same blocks, got {len(student)} and {len(teacher)}")
     return torch.stack([score_loss(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
+
+
+def timestep_weights(snr_power: float) -> Tensor:
+    """Weight of the score loss at each timestep, SNR^-snr_power held within 1/10 … 10, with mean 1: (1000,).
+
+    0 is Eq. 9 as it stands. An error in ε costs √(1/SNR) as much in x̂0 (Eq. 12), so 1 is the error of x̂0, and values
+    between favour the early, noisy steps of sampling, where a picture's shapes are decided.
+    """
+    a = alphas_cumprod()
+    weights = ((1 - a) / a).pow(snr_power).clamp(1 / MAX_WEIGHT, MAX_WEIGHT)
+    return weights / weights.mean()
 
 
 class BlockFeatures:

@@ -60,8 +60,9 @@ class TrainSpec:
 
     ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
-    codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses. 0 turns off: ``warmup`` and ``save_every``
-    (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+    codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
+    (0: all alike as in the paper, 1: as x̂0 would). 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
+    (decay), ``grad_clip`` (norm), ``feature``.
     """
 
     start: Literal["average", "base"] = "average"
@@ -75,6 +76,7 @@ class TrainSpec:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: CountOrNone = 100
     score: Positive = 1.0
+    snr_power: Share = 0.0
     feature: NotNegative = 0.0
     weight_decay: NotNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

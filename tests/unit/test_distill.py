@@ -211,3 +211,21 @@ def test_stop_saves_and_resume_finishes(tmp_path, teachers):
     assert resumed.distillation.step_count == 2
     list(resumed.steps())
     assert resumed.save().exists() and not resumed.work.exists()
+
+
+def test_timestep_weights_are_the_paper_s_at_0_and_x0_s_at_1():
+    from dmm_core.diffusion import add_noise, alphas_cumprod, predict_x0
+    from dmm_core.losses import MAX_WEIGHT, timestep_weights
+
+    assert torch.equal(timestep_weights(0.0), torch.ones(1000))
+    a, weights = alphas_cumprod(), timestep_weights(1.0)
+    free = ((1 - a) / a > 1.01 / MAX_WEIGHT) & ((1 - a) / a < 0.99 * MAX_WEIGHT)
+    t = torch.arange(1000)[free][::50]
+    x0, noise, wrong = torch.randn(3, len(t), 4, 2, 2)
+    x_t = add_noise(x0, noise, t)
+    error = (predict_x0(x_t, noise + wrong, t) - x0).square().flatten(1).mean(1)  # what it costs in x̂0
+    ratio = error / score_loss(noise + wrong, noise) / weights[t]
+    assert len(t) > 5 and torch.allclose(ratio, ratio[:1], rtol=1e-3)
+    assert (
+        timestep_weights(0.5).mean() == pytest.approx(1) and timestep_weights(0.5)[900] > 10 * timestep_weights(0.5)[9]
+    )
