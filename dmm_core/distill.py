@@ -21,6 +21,7 @@ from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.data import Batch, LatentData
 from dmm_core.errors import BadInput
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
+from dmm_core.ranks import Alone
 from dmm_core.recipe import TrainSpec
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
@@ -73,6 +74,7 @@ class Distillation:
             {"params": list(student.codebook.parameters()), "peak": spec.style_lr or spec.lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        self.ranks = Alone()
         self.weights = timestep_weights(spec.snr_power)
         self.average = [p.detach().clone() for p in student.parameters()] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
@@ -82,25 +84,26 @@ class Distillation:
 
     def step(self) -> StepResult:
         """One optimizer step: every teacher of this step says its ε, then the student learns all of them."""
-        targets = [self.ask(teacher) for teacher in self.turn()]
+        batches = [self.data.draw(teacher, self.spec.batch, self.rng) for teacher in self.turn()]
+        targets = [self.ask(batch) for batch in self.ranks.mine(batches)]
         self.set_lr()
         self.optimizer.zero_grad(set_to_none=True)
-        results = [self.learn(part, len(targets)) for part in self.micro_batches(targets)]
+        results = self.ranks.gather([self.learn(part, len(batches)) for part in self.micro_batches(targets)])
+        self.ranks.add_gradients(self.student.parameters())
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.spec.grad_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.update_average()
         self.step_count += 1
-        self.samples_seen += sum(len(target.eps) for target in targets)
+        self.samples_seen += sum(len(batch.t) for batch in batches)
         return self.result(results)
 
-    def ask(self, teacher: int) -> Target:
-        """Draw one teacher's rows and let it predict."""
-        batch = self.data.draw(teacher, self.spec.batch, self.rng)
+    def ask(self, batch: Batch) -> Target:
+        """Let a batch's teacher predict."""
         with self.autocast():
             eps, features = self.teachers.predict(
-                teacher,
+                batch.teacher,
                 batch.x_t.to(self.device),
                 batch.t.to(self.device),
                 batch.prompt,
@@ -138,7 +141,7 @@ class Distillation:
     def micro_batches(self, targets: list[Target]) -> Iterator[list[Target]]:
         """Targets that go through the student together: ``micro`` teachers' rows, all of them where it is not set."""
         size = self.spec.micro or len(targets)
-        for start in range(0, len(targets), size):
+        for start in range(0, len(targets), size or 1):
             yield targets[start : start + size]
 
     def autocast(self):
@@ -167,10 +170,12 @@ class Distillation:
             self.step_count, self.samples_seen, loss, score, feature, self.optimizer.param_groups[0]["lr"]
         )
 
-    def run(self) -> Iterator[StepResult]:
-        """Steps until ``spec.steps`` of them are done, counted over all sittings."""
+    def run(self, ranks: Alone | None = None) -> Iterator[StepResult]:
+        """Steps until ``spec.steps`` of them are done, counted over all sittings; ``ranks`` share the work."""
+        self.ranks = ranks or Alone()
         while self.step_count < self.spec.steps:
             yield self.step()
+        self.ranks = Alone()
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -194,7 +199,7 @@ class Distillation:
     def identity(self) -> str:
         """What must not change between sittings, as JSON."""
         names = [str(checkpoint.path.name) for checkpoint in self.teachers.checkpoints]
-        spec = {k: v for k, v in vars(self.spec).items() if k not in ("save_every", "device", "resident")}
+        spec = {k: v for k, v in vars(self.spec).items() if k not in ("save_every", "device", "resident", "processes")}
         return json.dumps(
             {"styles": self.student.codebook.names, "teachers": names, "train": spec}, sort_keys=True, default=list
         )

@@ -61,8 +61,8 @@ class TrainSpec:
     ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
-    (0: all alike as in the paper, 1: as x̂0 would). 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
-    (decay), ``grad_clip`` (norm), ``feature``.
+    (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
+    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
     """
 
     start: Literal["average", "base"] = "average"
@@ -84,6 +84,7 @@ class TrainSpec:
     ema: BelowOne = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Device = "auto"
+    processes: Count = 1
     seed: CountOrNone = 0
     save_every: CountOrNone = 500
 

@@ -19,6 +19,7 @@ from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
 from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
+from dmm_core.ranks import companions
 from dmm_core.recipe import Recipe, dump_recipe
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.student import Student
@@ -47,18 +48,19 @@ class Merge:
 
     @property
     def state_file(self) -> Path:
-        return self.work / "state.safetensors"
+        return state_file(self.recipe)
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """Train to the end of the recipe, saving every ``save_every`` steps; ``stop`` saves, then KeyboardInterrupt."""
         every = self.recipe.train.save_every
-        for result in self.distillation.run():
-            yield result
-            if stop():
-                self.distillation.save_state(self.state_file)
-                raise KeyboardInterrupt
-            if every and result.step % every == 0:
-                self.distillation.save_state(self.state_file)
+        with companions(self.recipe, self.recipe.train.processes) as ranks:
+            for result in self.distillation.run(ranks):
+                yield result
+                if stop():
+                    self.distillation.save_state(self.state_file)
+                    raise KeyboardInterrupt
+                if every and result.step % every == 0:
+                    self.distillation.save_state(self.state_file)
 
     def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """``steps``, with the time they take added to ``seconds``."""
@@ -92,13 +94,18 @@ def work_folder(recipe: Recipe) -> Path:
     return out.with_name(out.stem + ".work")
 
 
+def state_file(recipe: Recipe) -> Path:
+    """Where an interrupted run can be taken up."""
+    return work_folder(recipe) / "state.safetensors"
+
+
 def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent) -> Merge:
     """Open and check everything, make or load the data, build the student, and take up a saved state.
 
     Raises:
         BadInput: anything about the recipe's files; a state to resume that is not there, or one that would be lost.
     """
-    state = work_folder(recipe) / "state.safetensors"
+    state = state_file(recipe)
     if resume and not state.exists():
         raise BadInput("there is no saved state to resume", state, "Start without --resume.")
     if not resume and state.exists():

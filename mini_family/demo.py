@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, ste
         "data": {"prompts": str(prompts), "latents_per_teacher": 248, "steps": 8, "cfg_scale": 1.0, "size": 64},
         "train": {
             "steps": steps, "batch": 6, "lr": 1e-3, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
-            "betas": [0.9, 0.99], "precision": "fp32", "save_every": 200,
+            "betas": [0.9, 0.99], "snr_power": 0.5, "precision": "fp32", "save_every": 200, "device": "cpu",
+            "processes": min(len(teachers), os.cpu_count() or 1),
         },
     }  # fmt: skip
 

@@ -1,0 +1,113 @@
+"""Several processes that share each optimizer step: every one asks its part of the teachers, gradients are added up.
+
+All of them draw all samples from one random state, so the sum is what a single process would have, to rounding.
+On a CPU two processes of one thread each are faster than one of two threads: small layers leave threads waiting.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmm_core.recipe import Recipe
+
+Item = TypeVar("Item")
+PATIENCE = timedelta(minutes=10)  # for another process's step
+
+
+class Alone:
+    """One process that does everything."""
+
+    rank, world = 0, 1
+
+    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of a step's work."""
+        return items[self.rank :: self.world]
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Put the sum over all processes into every gradient."""
+
+    def gather(self, rows: list) -> list:
+        """All processes' rows, in their order."""
+        return rows
+
+
+class Together(Alone):
+    """A member of an initialised ``torch.distributed`` group."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        with_gradient = [p for p in parameters if p.requires_grad]
+        for p in with_gradient:
+            if p.grad is None:  # no teacher was left for this process
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in with_gradient if p.grad is not None])
+        dist.all_reduce(flat)
+        for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
+            p.grad = part.view_as(p)
+
+    def gather(self, rows: list) -> list:
+        lists: list[Any] = [None] * self.world
+        dist.all_gather_object(lists, rows)
+        return [row for part in lists for row in part]
+
+
+@contextmanager
+def companions(recipe: Recipe, count: int) -> Iterator[Alone]:
+    """``count`` processes in all, this one among them; the others take the recipe's state up where it is saved.
+
+    They end with the block. One thread a process while it is entered.
+    """
+    if count < 2:
+        yield Alone()
+        return
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="dmm-", ignore_cleanup_errors=True) as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=_companion, args=(recipe, meeting, rank, count), daemon=True)
+            for rank in range(1, count)
+        ]
+        for process in others:
+            process.start()
+        try:
+            torch.set_num_threads(1)
+            _meet(meeting, 0, count)
+            yield Together()
+        finally:
+            for process in others:
+                process.terminate()
+            for process in others:
+                process.join()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+
+def _meet(meeting: str, rank: int, count: int) -> None:
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=PATIENCE)
+
+
+def _companion(recipe: Recipe, meeting: str, rank: int, count: int) -> None:
+    """What another process does: the same steps, of which it saves and tells nothing."""
+    from dmm_core.run import prepare, state_file
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process saves, then ends the others
+    torch.set_num_threads(1)
+    distillation = prepare(recipe, resume=state_file(recipe).exists()).distillation
+    _meet(meeting, rank, count)
+    for _ in distillation.run(Together()):
+        pass
