@@ -1,0 +1,206 @@
+// Names on the sliders: StyleMix's w0…w7 and StyleVector's list show the styles of the checkpoint upstream.
+//
+// The server knows nothing of this file. Widget names, their order and their values stay as the schema has them, so that
+// workflows saved with or without it are the same; only `label`, `hidden` and the list of a combo change.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const LOADER = "LoadDMM";
+const MIX = "StyleMix";
+const VECTOR = "StyleVector";
+const SLIDERS = 8;
+const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0" }; // of sockets and wires
+const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
+const KEEP_MS = 3000; // how long an answer of the route is taken for current
+
+const answers = new Map(); // checkpoint → {at, promise of names or null}
+const ownLabels = new WeakMap(); // widget → the label it had before ours
+let timer = null;
+
+/** The names of a checkpoint's styles in codebook order, or null where the server cannot tell. */
+function styleNames(checkpoint) {
+  const known = answers.get(checkpoint);
+  if (known && Date.now() - known.at < KEEP_MS) return known.promise;
+  const promise = api
+    .fetchApi(`/dmm/styles?checkpoint=${encodeURIComponent(checkpoint)}`)
+    .then((response) => (response.ok ? response.json() : null))
+    .then((answer) => answer?.styles?.map((style) => style.name) ?? null)
+    .catch(() => null);
+  answers.set(checkpoint, { at: Date.now(), promise });
+  return promise;
+}
+
+/** Every graph of the page: the root and all subgraphs. */
+function graphs() {
+  const root = app.graph?.rootGraph ?? app.rootGraph ?? app.graph;
+  return root ? [root, ...(root.subgraphs?.values?.() ?? [])] : [];
+}
+
+const nodesOf = (graph) => graph.nodes ?? graph._nodes ?? [];
+const linkOf = (graph, id) => (id == null ? null : (graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id]));
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+const inputOf = (node, name) => node.inputs?.find((input) => input.name === name);
+
+/** The node that feeds `input`, through reroutes and in and out of subgraphs; null where nothing does. */
+function source(graph, input, depth = 0) {
+  const link = linkOf(graph, input?.link);
+  if (!link || depth > 64) return null;
+  const node = graph.getNodeById(link.origin_id);
+  if (link.origin_id === graph.inputNode?.id) {
+    for (const outer of graphs()) {
+      const shell = nodesOf(outer).find((candidate) => candidate.subgraph === graph);
+      if (shell) return source(outer, shell.inputs?.[link.origin_slot], depth + 1);
+    }
+    return null;
+  }
+  if (node?.subgraph) {
+    const inner = node.subgraph.outputs?.[link.origin_slot];
+    return source(node.subgraph, { link: inner?.linkIds?.[0] }, depth + 1);
+  }
+  if (!node || node.comfyClass === LOADER) return node ?? null;
+  // A reroute, whoever made it, has one input; what has none is where the wire begins.
+  return node.inputs?.length === 1 ? source(graph, node.inputs[0], depth + 1) : node;
+}
+
+/** The checkpoint whose codebook reaches `node`, or null. */
+function checkpointOf(node) {
+  const loader = source(node.graph, inputOf(node, "codebook"));
+  if (loader?.comfyClass !== LOADER) return null;
+  const wired = source(loader.graph, inputOf(loader, "checkpoint"));
+  const widget = wired ? wired.widgets?.[0] : widgetOf(loader, "checkpoint");
+  return typeof widget?.value === "string" ? widget.value : null;
+}
+
+/** Show `widget` as `label` or hide it; says whether that changed anything. */
+function present(node, widget, label, hidden) {
+  if (!ownLabels.has(widget)) ownLabels.set(widget, widget.label);
+  // A name that the user gave by hand is kept with the input; it wins.
+  const wanted = inputOf(node, widget.name)?.label ?? label ?? ownLabels.get(widget);
+  if (widget.label === wanted && !!widget.hidden === hidden && !!widget.options?.hidden === hidden) return false;
+  widget.label = wanted;
+  widget.hidden = hidden; // the classic canvas reads this one,
+  (widget.options ??= {}).hidden = hidden; // Nodes 2.0 that one
+  if (hidden) widget.computeSize = () => [0, -4]; // 4 is the gap between widgets, which the classic canvas would leave
+  else delete widget.computeSize;
+  return true;
+}
+
+/** Make both canvases draw the widgets of `node` anew. */
+function redraw(node, resize) {
+  if (node.widgets.length) node.widgets.push(node.widgets.pop()); // Nodes 2.0 watches the array, not what is in it
+  if (node.dmmRewired && window.LiteGraph?.vueNodesMode && !app.configuringGraph) {
+    // After a change of links Nodes 2.0 holds copies of the widgets; adding the node again takes new ones.
+    node.graph?.onNodeAdded?.(node);
+  }
+  node.dmmRewired = false;
+  if (resize) node.setSize([node.size[0], node.computeSize()[1]]);
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function labelSliders(node, names) {
+  const first = Number(widgetOf(node, "first")?.value ?? 0);
+  let changed = false;
+  for (let i = 0; i < SLIDERS; i++) {
+    const widget = widgetOf(node, `w${i}`);
+    if (!widget) continue;
+    const name = names?.[first + i];
+    // A slider without a style is still shown while it is wired or has a weight: the user must be able to take that away.
+    const idle = !widget.value && inputOf(node, widget.name)?.link == null;
+    changed = present(node, widget, name, !!names && name === undefined && idle) || changed;
+  }
+  if (changed) redraw(node, true);
+}
+
+function listStyles(node, names) {
+  const widget = widgetOf(node, "style");
+  if (!widget || widget.type !== "combo") return;
+  if (names?.length && !widget.value) widget.value = names[0];
+  const values = [...(names ?? [])];
+  // What the workflow was saved with stays, even if this checkpoint does not have it: the server then says so.
+  if (widget.value && !values.includes(widget.value)) values.push(widget.value);
+  if (JSON.stringify(values) === JSON.stringify(widget.options.values) && !node.dmmRewired) return;
+  widget.options.values = values;
+  redraw(node, false);
+}
+
+async function refresh() {
+  for (const graph of graphs()) {
+    for (const node of nodesOf(graph)) {
+      if (node.comfyClass !== MIX && node.comfyClass !== VECTOR) continue;
+      const checkpoint = checkpointOf(node);
+      const names = checkpoint ? await styleNames(checkpoint) : null;
+      if (!node.graph || checkpointOf(node) !== checkpoint) continue; // removed or rewired meanwhile
+      if (node.comfyClass === MIX) labelSliders(node, names);
+      else listStyles(node, names);
+    }
+  }
+}
+
+function refreshSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(() => refresh().catch((error) => console.error("DMM:", error)), WAIT_MS);
+}
+
+/** Call `after` whenever `object[name]` has been called. */
+function chain(object, name, after) {
+  const before = object[name];
+  object[name] = function (...args) {
+    const result = before?.apply(this, args);
+    after.apply(this, args);
+    return result;
+  };
+}
+
+/** Put a combo of the same name and value in the place of StyleVector's text field. */
+function textToCombo(node) {
+  const at = node.widgets?.findIndex((widget) => widget.name === "style") ?? -1;
+  if (at < 0 || node.widgets[at].type === "combo") return;
+  const text = node.widgets[at];
+  const values = text.value ? [text.value] : [];
+  const combo = node.addWidget("combo", "style", text.value, () => {}, { ...text.options, values });
+  combo.label = text.label;
+  combo.tooltip = text.tooltip;
+  node.widgets.pop();
+  node.widgets[at] = combo;
+}
+
+function paint() {
+  for (const [type, colour] of Object.entries(COLOURS)) {
+    for (const table of [app.canvas?.default_connection_color_byType, window.LGraphCanvas?.link_type_colors]) {
+      if (table) table[type] = colour;
+    }
+    document.documentElement.style.setProperty(`--color-datatype-${type}`, colour); // Nodes 2.0
+  }
+}
+
+app.registerExtension({
+  name: "dmm.styles",
+
+  setup: paint,
+
+  nodeCreated(node) {
+    if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) return;
+    if (node.comfyClass === VECTOR) textToCombo(node);
+    chain(node, "onConnectionsChange", function () {
+      this.dmmRewired = true;
+      refreshSoon();
+    });
+    chain(node, "onConfigure", refreshSoon);
+    for (const name of ["checkpoint", "first"]) {
+      const widget = widgetOf(node, name);
+      if (widget) chain(widget, "callback", refreshSoon);
+    }
+    refreshSoon();
+  },
+
+  afterConfigureGraph() {
+    paint(); // a colour palette, which is loaded after setup(), knows no colours for our types and takes them away
+    refreshSoon();
+  },
+
+  // "Refresh node definitions": files may have changed under the same name.
+  refreshComboInNodes() {
+    answers.clear();
+    refreshSoon();
+  },
+});

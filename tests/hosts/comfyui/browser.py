@@ -1,0 +1,146 @@
+"""ComfyUI's page in Chromium: what a user does there, with the mouse where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.hosts.comfyui.harness import ROOT, Server, make_dmm
+
+FILE, STYLES = "my-styles.safetensors", ["ink", "clay", "blueprint", "neon"]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # or a modal dialog lies over everything
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
+
+
+def workflow(path: Path) -> dict[str, Any]:
+    """A shipped workflow, with the checkpoint that the test made."""
+    return json.loads(path.read_text(encoding="utf-8").replace("mini-dmm.safetensors", FILE))
+
+
+def put_styles(server: Server) -> None:
+    """A DMM file of the four styles that the workflows name, trained if DMM_SHOTS_FILE is one."""
+    target = server.base / "models" / "checkpoints" / FILE
+    if target.exists():
+        return
+    if given := os.environ.get("DMM_SHOTS_FILE"):
+        target.write_bytes(Path(given).read_bytes())
+    else:
+        make_dmm(target, tuple(STYLES))
+
+
+class Page:
+    """ComfyUI's page, and what a user does on it."""
+
+    def __init__(self, page: Any, server: Any, nodes2: bool) -> None:
+        self.page, self.server, self.nodes2 = page, server, nodes2
+
+    def until(self, script: str, argument: Any = None, seconds: float = 30) -> Any:
+        return self.page.wait_for_function(script, arg=argument, timeout=seconds * 1000).json_value()
+
+    def open(self) -> None:
+        settings = self.server.base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        self.page.goto(self.server.url, wait_until="domcontentloaded")
+        self.until(
+            "() => window.LiteGraph?.registered_node_types.StyleMix && window.app?.graph && app.canvas", None, 90
+        )
+        self.page.evaluate(
+            "async (all) => { for (const [k, v] of Object.entries(all)) await app.extensionManager.setting.set(k, v) }",
+            {"Comfy.VueNodes.Enabled": self.nodes2},
+        )
+        self.until("(on) => !!LiteGraph.vueNodesMode === on", self.nodes2)
+
+    def load(self, path: Path) -> None:
+        self.page.evaluate("(w) => app.loadGraphData(w)", workflow(path))
+        time.sleep(1.0)  # Nodes 2.0 lays itself out after the load, and the view is fitted once more
+        self.page.evaluate(
+            """() => {
+                const nodes = app.graph.nodes, ds = app.canvas.ds, low = (i) => Math.min(...nodes.map(n => n.pos[i]));
+                const high = (i) => Math.max(...nodes.map(n => n.pos[i] + n.size[i]));
+                const [x, y] = [low(0), low(1)], room = [1480, 710];
+                ds.scale = Math.min(1, room[0] / (high(0) - x), room[1] / (high(1) - y));
+                ds.offset = [80 / ds.scale - x, 160 / ds.scale - y];
+                app.canvas.setDirty(true, true);
+            }"""
+        )
+        time.sleep(0.5)
+
+    def labels(self, kind: str = "StyleMix") -> list[str]:
+        """What the visible widgets of the first node of a kind are called."""
+        return self.page.evaluate(
+            "(kind) => app.graph.nodes.find(n => n.comfyClass === kind)"
+            ".widgets.filter(w => !w.hidden).map(w => w.label ?? w.name)", kind,
+        )  # fmt: skip
+
+    def wait_labels(self, expected: list[str]) -> None:
+        end = time.monotonic() + 20
+        while self.labels()[: len(expected)] != expected and time.monotonic() < end:
+            time.sleep(0.1)
+        assert self.labels()[: len(expected)] == expected
+        if self.nodes2:
+            shown = self.page.locator(f"[data-node-id='{self.node_id('StyleMix')}'] .lg-node-widget")
+            while [t.split("\n")[0] for t in shown.all_inner_texts()][: len(expected)] != expected:
+                assert time.monotonic() < end, shown.all_inner_texts()
+                time.sleep(0.1)
+
+    def node_id(self, kind: str) -> int:
+        return self.page.evaluate("(kind) => app.graph.nodes.find(n => n.comfyClass === kind).id", kind)
+
+    def value(self, widget: str) -> float:
+        return self.page.evaluate(
+            "(name) => app.graph.nodes.find(n => n.comfyClass === 'StyleMix').widgets.find(w => w.name === name).value",
+            widget,
+        )
+
+    def drag(self, index: int, share: float) -> None:
+        """Pull slider number ``index`` to ``share`` of its width."""
+        if self.nodes2:
+            row = self.page.locator(f"[data-node-id='{self.node_id('StyleMix')}'] .lg-node-widget").nth(index)
+            thumb = row.get_by_role("slider").bounding_box()
+            track = row.locator("[data-slot='slider']").bounding_box()
+            start = (thumb["x"] + thumb["width"] / 2, thumb["y"] + thumb["height"] / 2)
+            end = (track["x"] + track["width"] * share, start[1])
+        else:
+            x, y, width = self.page.evaluate(
+                """(index) => {
+                    const node = app.graph.nodes.find(n => n.comfyClass === 'StyleMix'), w = node.widgets[index];
+                    const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 15, node.pos[1] + w.last_y + 10]);
+                    const box = app.canvas.canvas.getBoundingClientRect();
+                    return [box.x + x, box.y + y, (node.size[0] - 30) * app.canvas.ds.scale];
+                }""", index,
+            )  # fmt: skip
+            start, end = (x + width * 0.4, y), (x + width * share, y)
+        mouse = self.page.mouse
+        mouse.move(*start)
+        mouse.down()
+        for i in range(1, 9):
+            mouse.move(start[0] + (end[0] - start[0]) * i / 8, end[1])
+            time.sleep(0.03)
+        mouse.up()
+        time.sleep(0.3)
+
+    def run(self) -> bytes:
+        """Press Run; the picture that comes."""
+        done = len(self.server.get("/history"))
+        self.page.get_by_test_id("queue-button").locator("button").first.click()
+        end = time.monotonic() + 60
+        while len(history := self.server.get("/history")) == done:
+            assert time.monotonic() < end, "nothing was queued"
+            time.sleep(0.1)
+        entry = list(history.values())[-1]
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        image = next(i for out in entry["outputs"].values() for i in out.get("images", []))
+        self.until("(name) => Object.values(app.nodeOutputs).some(o => o.images?.some(i => i.filename === name))",
+                   image["filename"])  # fmt: skip
+        time.sleep(0.7)  # until it is drawn
+        return self.server.raw("/view?filename={filename}&subfolder={subfolder}&type={type}".format(**image))[1]

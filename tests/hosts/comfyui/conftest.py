@@ -1,0 +1,70 @@
+"""Fixtures of the ComfyUI tests: one server for all of them; or ComfyUI's modules, for the files inside_*.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
+from tests.hosts.comfyui.inside_tools import write_dmm
+
+
+@pytest.fixture(scope="session")
+def dmm_file(tmp_path_factory) -> Path:
+    return make_dmm(tmp_path_factory.mktemp("dmm") / "mini-dmm.safetensors")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
+    host_paths()
+    base = tmp_path_factory.mktemp("comfy base")  # with a space, as users have them
+    for folder in ("checkpoints", "diffusion_models", "loras"):
+        (base / "models" / folder).mkdir(parents=True)
+    for folder in ("custom_nodes", "input", "output", "user"):
+        (base / folder).mkdir()
+    (base / "custom_nodes" / "dmm").symlink_to(ROOT, target_is_directory=True)
+    checkpoints = base / "models" / "checkpoints"
+    (checkpoints / "mini-dmm.safetensors").write_bytes(dmm_file.read_bytes())
+    make_dmm(checkpoints / "other-dmm.safetensors", ("ink", "clay", "neon"), seed=1)
+    family = ROOT / "mini_family" / "weights"
+    (checkpoints / "plain.safetensors").write_bytes((family / "base.safetensors").read_bytes())
+    (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
+    running = Server(base)
+    running.start()
+    yield running
+    running.stop()
+
+
+# ---------------------------------------------------------------- inside ComfyUI's own process
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    folder, _ = host_paths()
+    sys.path.insert(0, str(folder))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    return comfy
+
+
+@pytest.fixture(scope="module")
+def pack(comfy):
+    from comfyui_dmm import host, loading, values
+
+    return type("Pack", (), {"host": host, "loading": loading, "values": values})
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return write_dmm(tmp_path_factory.mktemp("dmm") / "mini.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded(pack, file):
+    with torch.inference_mode():
+        return pack.loading.load(file)

@@ -1,0 +1,159 @@
+"""The real page in Chromium, on the classic canvas and on Nodes 2.0.
+
+Names on the sliders, a slider dragged with the mouse, the Run button, another picture.
+
+DMM_SHOTS is a folder for the screenshots (docs/comfyui-*.png are some of them), DMM_SHOTS_FILE a DMM file of the styles
+ink, clay, blueprint and neon to make them with; otherwise the styles are untrained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts.comfyui.browser import FILE, FLAGS, STYLES, WORKFLOWS, Page, put_styles, workflow
+from tests.hosts.comfyui.harness import ROOT
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _four_styles(server) -> None:
+    put_styles(server)
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory) -> Path:
+    folder = Path(os.environ.get("DMM_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no chromium on the PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes2"])
+def page(request, server, chromium) -> Iterator[Page]:
+    tab = chromium.new_page(viewport={"width": 1600, "height": 900})
+    tab.set_default_timeout(10_000)
+    for banner in ("vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"):  # they would cover the canvas
+        tab.add_init_script(f"localStorage.setItem('{banner}', 'true')")
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    opened = Page(tab, server, request.param)
+    opened.open()
+    yield opened
+    tab.close()
+    assert not [error for error in errors if "dmm" in error.lower()]
+
+
+@pytest.fixture
+def shoot(page, shots) -> Callable[[str], None]:
+    return lambda name: page.page.screenshot(path=str(shots / f"comfyui-{name}{'-nodes2' if page.nodes2 else ''}.png"))
+
+
+MIX = ROOT / "workflows" / "dmm_2_mix_with_sliders.json"
+
+
+def test_drag_a_slider_and_see_another_picture(page, shoot):
+    page.load(MIX)
+    page.wait_labels([*STYLES, "normalise", "first"])
+    before = page.run()
+    assert page.value("w1") == 0
+    page.drag(1, 0.9)
+    assert 1.4 < page.value("w1") <= 2
+    after = page.run()
+    assert before != after
+    shoot("mix")
+
+
+def test_unchanged_values_in_a_saved_workflow(page):
+    page.load(MIX)
+    page.wait_labels(STYLES)
+    saved = page.page.evaluate("() => app.graph.serialize()")
+    for node in workflow(MIX)["nodes"]:
+        again = next(n for n in saved["nodes"] if n["id"] == node["id"])
+        assert again["widgets_values"] == node["widgets_values"] or not node["widgets_values"], node["type"]
+
+
+def test_another_checkpoint_other_names(page):
+    page.load(MIX)
+    page.wait_labels(STYLES)
+    choose = """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM').widgets[0];
+                            w.value = name; w.callback?.(name) }"""
+    page.page.evaluate(choose, "other-dmm.safetensors")
+    page.wait_labels(["ink", "clay", "neon", "w3", "normalise"])  # w3 has a weight: it stays in sight
+    page.page.evaluate(choose, FILE)
+    page.wait_labels([*STYLES, "normalise"])
+
+
+def test_wires(page):
+    """Unplugged, and through two reroutes: the names go and come back."""
+    page.load(MIX)
+    page.wait_labels(STYLES)
+    find = "const by = (kind) => app.graph.nodes.find(n => n.comfyClass === kind);"
+    page.page.evaluate(f"() => {{ {find} by('StyleMix').disconnectInput(0) }}")
+    page.wait_labels([*(f"w{i}" for i in range(8)), "normalise", "first"])
+    page.page.evaluate(
+        f"""() => {{ {find}
+            const [a, b] = [0, 1].map(() => LiteGraph.createNode('Reroute'));
+            app.graph.add(a); app.graph.add(b);
+            by('LoadDMM').connect(3, a, 0); a.connect(0, b, 0); b.connect(0, by('StyleMix'), 0) }}"""
+    )
+    page.wait_labels([*STYLES, "normalise", "first"])
+
+
+def test_inside_a_subgraph(page):
+    page.load(MIX)
+    page.wait_labels(STYLES)
+    inner = page.page.evaluate(
+        """() => { const mix = app.graph.nodes.find(n => n.comfyClass === 'StyleMix');
+                   const made = app.graph.convertToSubgraph(new Set([mix]));
+                   const inner = made.subgraph.nodes[0]; inner.widgets.forEach(w => w.label = '?');
+                   window.inner = inner; inner.onConnectionsChange(); return inner.comfyClass }"""
+    )
+    assert inner == "StyleMix"
+    page.until(
+        "(n) => JSON.stringify(inner.widgets.slice(0, 4).map(w => w.label)) === n",
+        json.dumps(STYLES, separators=(",", ":")),
+    )
+
+
+def test_style_vector_is_a_list(page, shoot):
+    page.load(ROOT / "workflows" / "dmm_1_single_style.json")
+    widget = "app.graph.nodes.find(n => n.comfyClass === 'StyleVector').widgets.find(w => w.name === 'style')"
+    page.until(
+        f"(names) => JSON.stringify({widget}.options.values) === names", json.dumps(STYLES, separators=(",", ":"))
+    )
+    assert page.page.evaluate(f"() => [{widget}.type, {widget}.value]") == ["combo", "ink"]
+    prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert next(n for n in prompt.values() if n["class_type"] == "StyleVector")["inputs"]["style"] == "ink"
+    shoot("single")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_is_its_api_format(page, path, shoot):
+    """The page turns each workflow into exactly the prompt that workflows/api keeps."""
+    page.load(path)
+    prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+    kept = workflow(ROOT / "workflows" / "api" / path.name)
+    assert {k: (n["class_type"], n["inputs"]) for k, n in prompt.items()} == {
+        k: (n["class_type"], n["inputs"]) for k, n in kept.items()
+    }
+    page.run()
+    shoot(path.stem)

@@ -1,0 +1,25 @@
+"""Runs the files inside_*.py with ComfyUI's own Python: what is checked on latents rather than on pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.comfyui.harness import ROOT, host_paths
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.mark.parametrize("name", ["inside_styles.py", "inside_models.py"])
+def test_laws_inside_comfyui(name):
+    _, python = host_paths()
+    command = [python, "-m", "pytest", "-m", "hosts", "-q", "-p", "no:cacheprovider"]
+    told = subprocess.run(
+        [*command, str(Path(__file__).with_name(name))],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=900,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-2000:]
+    assert " passed" in told.stdout
