@@ -194,6 +194,7 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
+    for (const graph of graphs()) for (const node of nodesOf(graph)) node.dmmRewired = false; // a load is no rewiring
     paint(); // a colour palette, which is loaded after setup(), knows no colours for our types and takes them away
     refreshSoon();
   },

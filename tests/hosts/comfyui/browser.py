@@ -61,6 +61,7 @@ class Page:
         self.until("(on) => !!LiteGraph.vueNodesMode === on", self.nodes2)
 
     def load(self, path: Path) -> None:
+        self.page.keyboard.press("Escape")  # the dialog of an error before this
         self.page.evaluate("(w) => app.loadGraphData(w)", workflow(path))
         time.sleep(1.0)  # Nodes 2.0 lays itself out after the load, and the view is fitted once more
         self.page.evaluate(

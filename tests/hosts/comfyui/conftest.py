@@ -11,6 +11,7 @@ import torch
 
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
+from tests.hosts.comfyui.other_files import CONTROLNET, LORA, write_controlnet, write_lora
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def dmm_file(tmp_path_factory) -> Path:
 def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     host_paths()
     base = tmp_path_factory.mktemp("comfy base")  # with a space, as users have them
-    for folder in ("checkpoints", "diffusion_models", "loras"):
+    for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (base / "models" / folder).mkdir(parents=True)
     for folder in ("custom_nodes", "input", "output", "user"):
         (base / folder).mkdir()
@@ -33,6 +34,8 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     family = ROOT / "mini_family" / "weights"
     (checkpoints / "plain.safetensors").write_bytes((family / "base.safetensors").read_bytes())
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
+    write_lora(base / "models" / "loras" / LORA)
+    write_controlnet(base / "models" / "controlnet" / CONTROLNET)
     running = Server(base)
     running.start()
     yield running
