@@ -40,8 +40,8 @@ def write_lora(path: Path) -> Path:
 def write_controlnet(path: Path) -> Path:
     """The UNet's encoder once more, with a hint encoder and outputs that are not zero.
 
-    In LDM names: ComfyUI takes diffusers' names at the widths of SD1.5 and SDXL only (``unet_config_from_diffusers_unet``
-    in comfy/model_detection.py), but these at any, with heads of 64 channels (``BASE`` in comfy/supported_models_base.py).
+    In LDM names: ComfyUI takes these at any width, heads of 64 channels (``BASE`` in comfy/supported_models_base.py),
+    but diffusers' names at full widths alone (``unet_config_from_diffusers_unet`` in comfy/model_detection.py).
     """
     generator = torch.Generator().manual_seed(12)
     unet = base_unet()
