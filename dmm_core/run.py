@@ -59,7 +59,8 @@ class Merge:
                 if stop():
                     self.distillation.save_state(self.state_file)
                     raise KeyboardInterrupt
-                if every and result.step % every == 0:
+                done = result.step >= self.recipe.train.steps  # saved too: what comes after may be interrupted
+                if every and (done or result.step % every == 0):
                     self.distillation.save_state(self.state_file)
 
     def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:

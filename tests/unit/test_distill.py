@@ -244,3 +244,14 @@ def test_two_processes_do_what_one_does(tmp_path, teachers):
         assert one == pytest.approx(two, rel=1e-3)
     for key, tensor in students[0].items():
         assert torch.allclose(tensor, students[1][key], atol=2e-4), key
+
+
+def test_a_finished_training_is_saved_before_what_follows_it(tmp_path, teachers):
+    """Ctrl-C in the evaluation, after the last step, loses no training."""
+    made = recipe(tmp_path / "o.safetensors", teachers, save_every=100)
+    trained = prepare(made)
+    assert len(list(trained.steps())) == 4
+    again = prepare(made, resume=True)
+    assert list(again.steps()) == []
+    for key, tensor in trained.distillation.student.state_dict().items():
+        assert torch.equal(tensor, again.distillation.student.state_dict()[key]), key
