@@ -9,6 +9,7 @@ wrappers, put on the model once when it is loaded, bring s there (``comfy/patche
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import torch
@@ -77,8 +78,8 @@ def prepare(model: Any, book: Book) -> None:
 def apply(model: Any, style: Style) -> Any:
     """A clone that shows this style in place of any other. Raises StyleError for another checkpoint's model."""
     live = _live(model, style)
-    clone = model.clone()
-    _set(clone, Live(live.book, style, live.baked))
+    clone = _unbaked(model, live)
+    _set(clone, Live(live.book, style))
     return clone
 
 
@@ -87,8 +88,8 @@ def bake(model: Any, style: Style) -> Any:
     live = _live(model, style)
     style.single("baked")
     vector = style.vectors()[0]
-    clone = model.clone()
-    clone.add_patches({TIME_BIAS: ("diff", (vector if live.baked is None else vector - live.baked,))})
+    clone = _unbaked(model, live)
+    clone.add_patches({TIME_BIAS: ("diff", (vector,))})
     _set(clone, Live(live.book, None, vector))
     return clone
 
@@ -100,6 +101,16 @@ def condition(conditioning: list, style: Style) -> list:
         conds = {**about.get("model_conds", {}), COND: StyleCond(style)}
         made.append([embedding, {**about, "model_conds": conds}])
     return made
+
+
+def _unbaked(model: Any, live: Live) -> Any:
+    """A clone without the patch of an earlier ``bake``, at whatever strength merges have left it since then."""
+    clone = model.clone()
+    if live.baked is not None:
+        ours = lambda patch: isinstance(patch[1], tuple) and patch[1][-1][0] is live.baked  # noqa: E731
+        clone.patches[TIME_BIAS] = [p for p in clone.patches.get(TIME_BIAS, []) if not ours(p)]
+        clone.patches_uuid = uuid.uuid4()  # tells ModelPatcher that the weights differ
+    return clone
 
 
 def _set(model: Any, live: Live) -> None:

@@ -137,6 +137,16 @@ def test_merge_keeps_the_style(server, clay_model):
         assert apart(picture, show(server, "apply", **{**parts, **after})) == 0, "applied before or after the merge"
 
 
+def test_another_style_after_a_merge_replaces_the_baked_one(server, clay_model):
+    """The merge has halved the baked style; applying or baking another takes out just that half."""
+    parts = {"style": INK, "second": CLAY, "clay": node("LoadDMM", checkpoint=clay_model)}
+    for kind in ("ApplyStyle", "BakeStyle"):
+        baked = {"bake": apply("load", "BakeStyle"), "merge": merge("bake", "clay", 0.5)}
+        wanted = show(server, "last", **parts, merge=merge("load", "clay", 0.5), last=apply("merge", kind, "second"))
+        made = show(server, "last", **parts, **baked, last=apply("merge", kind, "second"))
+        assert apart(made, wanted) == 0, kind
+
+
 def test_merge_into_another_model(server, clay_model):
     """The first model's style counts: the second gives weights alone, and a baked style is in them."""
     parts = {"style": INK, "clay": node("LoadDMM", checkpoint=clay_model)}
