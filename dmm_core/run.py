@@ -43,7 +43,7 @@ class Merge:
 
     @property
     def work(self) -> Path:
-        """Folder for the resumable state and the cached latents, beside the output."""
+        """Folder for the resumable state and the cached latents."""
         return work_folder(self.recipe)
 
     @property
@@ -91,6 +91,8 @@ class Merge:
 
 
 def work_folder(recipe: Recipe) -> Path:
+    if recipe.work is not None:
+        return recipe.work
     out = Path(recipe.out)
     return out.with_name(out.stem + ".work")
 
