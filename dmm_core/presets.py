@@ -1,4 +1,4 @@
-"""Named sets of values for a recipe: ``preset: good`` fills what the recipe leaves out. Needs no torch, so hosts list it.
+"""Named sets of values for a recipe: ``preset: good`` fills what a recipe leaves out. Needs no torch.
 
 A step takes ``ROWS`` rows shared by the teachers, so that the time hardly depends on how many there are. The times are
 for SD1.5 at 512 pixels on a card of the RTX 4090's class, estimated from the passes that a row costs; ``dmm plan``
@@ -59,7 +59,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "mini", "Mini, for the small models that come with this project",
-            "400 steps at a learning rate that only such small models bear: minutes on a CPU. Not for full checkpoints.",
+            "400 steps at a learning rate that only such small models bear; minutes on a CPU. Not for full models.",
             {"data": {"latents_per_teacher": 64, "steps": 8, "cfg_scale": 1.0},
              "train": {"rows": 24, "steps": 400, "lr": 1e-3, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
                        "betas": [0.9, 0.99], "snr_power": 0.5, "save_every": 50}},

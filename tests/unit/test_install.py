@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def install(root, tmp_path):
     def run(command, **options):
         module.commands.append([str(part) for part in command])
         if command[1:3] == ["-m", "venv"] and not module.codes.get("venv"):
-            python = module.venv_python()
+            python = module.venv_python(Path(command[3]))
             python.parent.mkdir(parents=True)
             python.touch()
         return next((code for word, code in module.codes.items() if word in command), 0)
@@ -88,7 +89,7 @@ def test_failed_install_is_told_and_made_anew_next_time(install):
     left_over.touch()
     install.codes.clear()
     assert install.main(["--demo"]) == 0
-    assert not left_over.exists() and install.STAMP.exists()
+    assert not left_over.exists() and (install.VENV / install.STAMP).exists()
 
 
 def test_changed_constraints_make_it_anew(install):
@@ -116,7 +117,7 @@ def test_a_torch_that_is_there_is_used(install, monkeypatch):
     monkeypatch.setattr(
         install, "host_packages", lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4", "diffusers": "0.31"}
     )
-    monkeypatch.setattr(install, "make_venv", lambda torch: install.VENV.mkdir())
+    monkeypatch.setattr(install, "make_venv", lambda torch, venv: venv.mkdir())
     install.main(["--demo"])
     (pip,) = pips(install)
     assert "torch" not in pip

@@ -51,7 +51,7 @@ def test_without_one_nothing_changes():
 
 
 def test_faults_are_told():
-    with pytest.raises(RecipeError, match="there is no 'bst'.*preview, good, best"):
+    with pytest.raises(RecipeError, match=r"there is no 'bst'.*preview, good, best"):
         recipe_from_dict(plain(preset="bst"), source="r.yaml", check_files=False)
     with pytest.raises(RecipeError, match="train: expected a mapping"):
         recipe_from_dict(plain(preset="good", train=3), check_files=False)
