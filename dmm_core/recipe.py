@@ -134,13 +134,18 @@ def load_recipe(path: str | Path, check_files: bool = True) -> Recipe:
         RecipeError: what is wrong, with the file, the key (``train.lr``), what was expected and what is there.
     """
     path = Path(path)
+    return recipe_from_dict(parse_recipe(path), path.absolute().parent, path, check_files)
+
+
+def parse_recipe(path: Path) -> Any:
+    """The plain mapping in a recipe file, unchecked. Raises RecipeError for what is neither YAML nor JSON."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError("is not UTF-8 text", path, "A recipe is a YAML file, not a checkpoint.") from error
     except OSError as error:
         raise RecipeError(f"cannot be read ({error.strerror})", path) from error
-    return recipe_from_dict(_parse(text, path), path.absolute().parent, path, check_files)
+    return _parse(text, path)
 
 
 def recipe_from_dict(

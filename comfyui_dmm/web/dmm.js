@@ -8,8 +8,9 @@ import { api } from "../../scripts/api.js";
 const LOADER = "LoadDMM";
 const MIX = "StyleMix";
 const VECTOR = "StyleVector";
+const MERGE = "MergeCheckpoints";
 const SLIDERS = 8;
-const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0" }; // of sockets and wires
+const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0", DMM_TEACHERS: "#7fb069" }; // of sockets and wires
 const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
 const KEEP_MS = 3000; // how long an answer of the route is taken for current
 
@@ -67,6 +68,7 @@ function checkpointOf(node) {
   const loader = source(node.graph, inputOf(node, "codebook"));
   if (loader?.comfyClass !== LOADER) return null;
   const wired = source(loader.graph, inputOf(loader, "checkpoint"));
+  if (wired?.comfyClass === MERGE) return `${widgetOf(wired, "name")?.value}.safetensors`;
   const widget = wired ? wired.widgets?.[0] : widgetOf(loader, "checkpoint");
   return typeof widget?.value === "string" ? widget.value : null;
 }
@@ -176,7 +178,14 @@ function paint() {
 app.registerExtension({
   name: "dmm.styles",
 
-  setup: paint,
+  setup() {
+    paint();
+    // A merge that is done has written a file: every list of checkpoints gets it.
+    api.addEventListener("executed", ({ detail }) => {
+      const merged = graphs().some((g) => nodesOf(g).some((n) => n.comfyClass === MERGE && String(n.id) === detail?.node));
+      if (merged) app.refreshComboInNodes?.();
+    });
+  },
 
   nodeCreated(node) {
     if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) return;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ def dmm_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     host_paths()
+    os.environ.setdefault("DMM_TRAIN_PYTHON", sys.executable)  # the merges of these tests run with what runs the tests
+    os.environ["DMM_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
     base = tmp_path_factory.mktemp("comfy base")  # with a space, as users have them
     for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (base / "models" / folder).mkdir(parents=True)
