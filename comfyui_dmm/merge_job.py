@@ -75,7 +75,8 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
     except BaseException as stop:  # a cancel, or the end of ComfyUI
         say("Stopping: what was learnt is saved first.")
         saved = job.finish(SAVES_WITHIN)
-        at = f"at step {shown.step} of {shown.total}" if shown.total else "before the first step"
+        step = job.last.about["step"] if job.last is not None and job.last.kind == "stopped" else shown.step
+        at = f"at step {step} of {shown.total}" if shown.total else "before the first step"
         kept = "Run it again to go on from there." if saved else "It goes on from its last save when it is run again."
         if isinstance(stop, host.InterruptProcessingException):
             say(f"Stopped {at}. {kept}")

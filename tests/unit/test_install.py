@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -165,3 +166,61 @@ def test_every_requirement_has_a_tested_version(install):
     }
     wanted = {install.normal(line.split(">")[0]) for line in install.requirements(("train", "dev"), None)}
     assert wanted <= pinned
+
+
+# ---------------------------------------------------------------- --train
+
+
+@pytest.fixture
+def host(install):
+    """A host's Python with a torch."""
+    install.host_packages = lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4"}
+    real = install.make_venv
+
+    def make_venv(torch, venv):
+        real(None, venv)  # without asking the venv, which is none, for its folders
+
+    install.make_venv = make_venv
+    return install
+
+
+def test_train_has_a_place_of_its_own_and_is_made_once(host):
+    assert host.train_environment() is None
+    assert host.main(["--train"]) == 0
+    (pip,) = pips(host)
+    assert pip[0] == str(host.venv_python(host.TRAIN)) and "torch" not in pip and not host.VENV.exists()
+    assert not any(part.startswith("pytest") for part in pip)
+    assert host.train_environment() == (host.venv_python(host.TRAIN), [])
+    assert host.main(["--train"]) == 0 and len(pips(host)) == 1
+    host.host_packages = lambda: {"torch": "2.9.0+cu128"}
+    assert host.train_environment() is None, "made for another torch"
+
+
+def test_train_without_a_torch_downloads_none(install):
+    with pytest.raises(install.SetupError, match="Run this with the Python of your host") as caught:
+        install.main(["--train"])
+    assert caught.value.code == 2 and install.commands == []
+
+
+def test_train_without_venv_puts_only_what_is_lacking_into_a_folder(host):
+    host.codes["venv"] = 1
+    stub = host.run
+
+    def run(command, **options):
+        if "--report" in command:
+            items = [{"metadata": {"name": "diffusers", "version": "0.39.0"}}]
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": items}), encoding="utf-8")
+        return stub(command, **options)
+
+    host.run = run
+    assert host.main(["--train"]) == 0
+    asked, put = pips(host)
+    assert "--dry-run" in asked and any(part.startswith("transformers") for part in asked)
+    assert put[-3:] == ["--target", str(host.FOLDER), "diffusers==0.39.0"] and "--no-deps" in put
+    assert asked[0] == put[0] == sys.executable
+    assert host.train_environment() == (Path(sys.executable), [host.FOLDER]) and not host.TRAIN.exists()
+    host.codes["pip"] = 1
+    host.host_packages = lambda: {"torch": "2.9.0"}
+    with pytest.raises(host.SetupError):
+        host.main(["--train"])
+    assert host.train_environment() is None, "an installation that broke off is none"

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mini_family import family
+from tests.hosts.comfyui.browser import SHORT, SHORT_RECIPE
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
 from tests.hosts.comfyui.other_files import CONTROLNET, LORA, write_controlnet, write_lora
@@ -34,9 +36,10 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     checkpoints = base / "models" / "checkpoints"
     (checkpoints / "mini-dmm.safetensors").write_bytes(dmm_file.read_bytes())
     make_dmm(checkpoints / "other-dmm.safetensors", ("ink", "clay", "neon"), seed=1)
-    family = ROOT / "mini_family" / "weights"
-    (checkpoints / "plain.safetensors").write_bytes((family / "base.safetensors").read_bytes())
+    (checkpoints / "plain.safetensors").write_bytes((family.WEIGHTS / "base.safetensors").read_bytes())
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
+    family.unpack(checkpoints, ("ink", "clay", "neon"))
+    (base / "input" / SHORT).write_text(SHORT_RECIPE, encoding="utf-8")
     write_lora(base / "models" / "loras" / LORA)
     write_controlnet(base / "models" / "controlnet" / CONTROLNET)
     running = Server(base)

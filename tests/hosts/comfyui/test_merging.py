@@ -11,26 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.hosts.comfyui.browser import SHORT
 from tests.hosts.comfyui.graphs import Graph, node, plain, styled
 from tests.hosts.comfyui.harness import ROOT, Failed, Server
 
 pytestmark = pytest.mark.hosts
-SHORT = "data: {latents_per_teacher: 4, steps: 2}\ntrain: {steps: 40, batch: 1, warmup: 2, save_every: 2}\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _teachers(server) -> None:
-    """The shipped teachers as ordinary checkpoints, and a recipe of few steps."""
-    from mini_family import family
-
-    checkpoints = server.base / "models" / "checkpoints"
-    family.unpack(checkpoints, ("ink", "clay", "neon"))
-    (server.base / "input" / "short.yaml").write_text(SHORT, encoding="utf-8")
 
 
 def merge(name: str, *teachers: str, **more: Any) -> dict[str, Any]:
     chosen = {f"checkpoint_{i}": f"{teacher}.safetensors" for i, teacher in enumerate(teachers, 1)}
-    return node("MergeCheckpoints", **{"name": name, **chosen, "preset": "mini", "recipe": "short.yaml", **more})
+    return node("MergeCheckpoints", **{"name": name, **chosen, "preset": "mini", "recipe": SHORT, **more})
 
 
 def checkpoint(server: Server, name: str) -> Path:
