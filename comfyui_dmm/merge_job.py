@@ -118,6 +118,6 @@ class Shown:
             log.info("DMM: merging, step %d of %d", about["step"], about["total"])
         self.step, self.total = about["step"], about["total"]
         left = f", {duration(about['seconds_left'])} left" if about["seconds_left"] else ""
-        losses = "\n".join(f"{name}: loss {loss:.4f}" for name, loss in about["losses"].items())
-        self.say(f"step {self.step} of {self.total}{left}" + (f"\n{losses}" if losses else ""))
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in about["losses"].items())
+        self.say(f"step {self.step} of {self.total}{left}" + (f"\nloss: {losses}" if losses else ""))
         self.bar.update_absolute(self.step, self.total)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dmm_core.errors import BadInput
+from dmm_core.history import Losses
 from dmm_core.locks import Busy, Lock
 from dmm_core.recipe import Recipe
 
 EVERY = 0.5  # seconds between two lines of progress
 SHARE = 10  # a preview may take one part in so many of the time
-MEMORY = 0.9  # of the losses' moving average
 
 
 class Events:
@@ -144,19 +144,19 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
 def _train(merge: Any, asked: Callable[[], bool], previews: Previews, events: Events) -> None:
     """All steps that are left; leaves the averaged weights in the student."""
     total = merge.recipe.train.steps
-    losses: dict[str, float] = {}
     saved, told = _changed(merge.state_file), 0.0
     began, first = time.monotonic(), merge.distillation.step_count
-    events("progress", step=first, total=total, seconds_left=None, losses={}, loss=None)
+    losses = previews.losses = Losses(merge.work / "losses.json", first)
+    events("progress", step=first, total=total, seconds_left=None, losses=losses.now, loss=None)
     for result in merge.timed_steps(asked):
-        for name, score in result.score.items():
-            losses[name] = MEMORY * losses.get(name, score) + (1 - MEMORY) * score
+        losses.add(result.step, result.score)
         now = time.monotonic()
         if now - told >= EVERY or result.step == total:
             left = (total - result.step) * (now - began) / (result.step - first)
-            events("progress", step=result.step, total=total, seconds_left=left, losses=losses, loss=result.loss)
+            events("progress", step=result.step, total=total, seconds_left=left, losses=losses.now, loss=result.loss)
             told = now
         if saved != (saved := _changed(merge.state_file)):
+            losses.save()
             events("saved", path=merge.state_file)
         previews.now_and_then()
     if saved != _changed(merge.state_file):
@@ -175,6 +175,7 @@ class Previews:
     def __init__(self, merge: Any, seconds: float, events: Events) -> None:
         self.merge, self.seconds, self.events = merge, seconds, events
         self.preview: Any = None
+        self.losses: Losses | None = None
         self.next = 0.0
 
     def now_and_then(self) -> None:
@@ -189,7 +190,7 @@ class Previews:
         began = time.monotonic()
         try:
             self.preview = self.preview or Preview(self.merge)
-            path, caption = self.preview.draw()
+            path, caption = self.preview.draw(self.losses.points if self.losses else [])
         except (RuntimeError, BadInput) as error:  # memory above all, or no VAE in the file
             self.seconds = 0.0
             self.events("warning", line=f"there are no previews: {one_line(error)}")

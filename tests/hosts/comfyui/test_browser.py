@@ -174,7 +174,7 @@ def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
         name,
     )
     page.page.get_by_test_id("queue-button").locator("button").first.click()
-    page.until(f"() => /step \\d+ of 40, .* left\\s+ink: loss 0\\.\\d+\\s+clay: loss/.test(({TEXTS})())", None, 240)
+    page.until(f"() => /step \\d+ of 40, .* left\\s+loss: ink 0\\.\\d+, clay 0/.test(({TEXTS})())", None, 240)
     node = page.node_id("MergeCheckpoints")
     page.until("(id) => app.nodePreviewImages?.[id]?.length || app.graph.getNodeById(id).imgs?.length", node, 60)
     page.page.wait_for_timeout(700)  # until it is drawn
