@@ -189,7 +189,7 @@ def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def same_merge(recipe: Recipe, work: Path) -> bool:
     """Whether what lies in the work folder, if anything, was begun with this recipe."""
-    if not any((work / name).exists() for name in ("state.safetensors", "latents.safetensors")):
+    if not any(work.glob("*.safetensors")):  # neither latents nor a state
         return True
     try:
         before = json.loads((work / "job.json").read_text(encoding="utf-8"))

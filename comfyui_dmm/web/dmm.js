@@ -143,6 +143,14 @@ function refreshSoon() {
   timer = setTimeout(() => refresh().catch((error) => console.error("DMM:", error)), WAIT_MS);
 }
 
+/** The Merge Checkpoints node that the server calls `id` ("3", inside subgraphs "7:3"), or undefined. */
+function merging(id) {
+  const own = String(id ?? "").split(":").pop();
+  return graphs()
+    .flatMap(nodesOf)
+    .find((node) => node.comfyClass === MERGE && String(node.id) === own);
+}
+
 /** Call `after` whenever `object[name]` has been called. */
 function chain(object, name, after) {
   const before = object[name];
@@ -182,8 +190,12 @@ app.registerExtension({
     paint();
     // A merge that is done has written a file: every list of checkpoints gets it.
     api.addEventListener("executed", ({ detail }) => {
-      const merged = graphs().some((g) => nodesOf(g).some((n) => n.comfyClass === MERGE && String(n.id) === detail?.node));
-      if (merged) app.refreshComboInNodes?.();
+      if (merging(detail?.node)) app.refreshComboInNodes?.();
+    });
+    // Nodes 2.0 takes no notice of the text that a running node gets.
+    api.addEventListener("progress_text", ({ detail }) => {
+      const node = window.LiteGraph?.vueNodesMode && merging(detail?.nodeId);
+      if (node) setTimeout(() => redraw(node, false)); // after the page itself has taken the text
     });
   },
 
