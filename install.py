@@ -215,6 +215,15 @@ def prepare_training() -> None:
     say("ready to train")
 
 
+def where() -> int:
+    """Print the environment for training as JSON; exit code 3 where there is none."""
+    found = train_environment()
+    if found is None:
+        return 3
+    print(json.dumps({"python": str(found[0]), "paths": [str(path) for path in found[1]]}))
+    return 0
+
+
 def prepare_folder(torch: str) -> None:
     """Put into ``.train-packages`` what this Python lacks, and only that."""
     say(f"no virtual environments here: using the folder {FOLDER.name}")
@@ -238,6 +247,8 @@ def start(action: str, arguments: list[str]) -> int:
     if sys.version_info < PYTHON:
         raise SetupError(f"Python {PYTHON[0]}.{PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}.")
     if action == "--train":
+        if arguments == ["--where"]:  # for dmm_core/environment.py
+            return where()
         if arguments:
             raise SetupError("--train takes no arguments.")
         prepare_training()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
 import signal
@@ -47,11 +47,13 @@ def training_python() -> Training:
     script = ROOT / "install.py"
     if not script.is_file():  # installed as a package, with the train extra beside it
         return Training(Path(sys.executable))
-    found = _script(script).train_environment()
-    if found is None:
+    # asked in a process of its own: this one's sys.path may be longer than what install.py saw when it ran
+    command = [sys.executable, "-X", "utf8", str(script), "--train", "--where"]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+    if told.returncode != 0:
         raise NotInstalled("what training needs is not installed", hint=f"Run: {sys.executable} {script} --train")
-    python, paths = found
-    return Training(python, tuple(paths))
+    found = json.loads(told.stdout)
+    return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
 def install(say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Training:
@@ -72,13 +74,16 @@ def install(say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
         errors="replace", env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}, **apart,
     )  # fmt: skip
     lines: list[str] = []
-    threading.Thread(target=_tell, args=(process.stdout, lines, say), daemon=True).start()
+    reader = threading.Thread(target=_tell, args=(process.stdout, lines, say), daemon=True)
+    reader.start()
     while process.poll() is None:
         if stop():
             _end_group(process)
             break
         time.sleep(0.2)
-    if process.wait() != 0:
+    process.wait()
+    reader.join(10)
+    if process.returncode != 0:
         raise BadInput(f"what training needs could not be installed: {lines[-1] if lines else 'no reason was given'}")
     return training_python()
 
@@ -95,13 +100,3 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         process.send_signal(signal.CTRL_BREAK_EVENT)
     else:
         os.killpg(process.pid, signal.SIGTERM)
-
-
-def _script(path: Path) -> Any:
-    """install.py as a module; it needs the standard library alone and does nothing when it is imported."""
-    spec = importlib.util.spec_from_file_location("dmm_install", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dmm_install"] = module
-    spec.loader.exec_module(module)
-    return module

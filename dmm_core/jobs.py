@@ -145,12 +145,13 @@ def start(
         training: the child's environment; ``training_python()`` if it is left out.
 
     Raises:
-        BadInput: an unfinished merge of other settings lies there, or there is no environment to train in.
+        BadInput: an unfinished merge of other settings lies there, somebody is at it, or there is no environment to
+            train in.
     """
     training = training or training_python()
     work = recipe.work or Path(recipe.out).with_name(Path(recipe.out).stem + ".work")
+    _require_free(recipe)
     if replace and not same_merge(recipe, work):
-        _require_free(recipe)
         shutil.rmtree(work, ignore_errors=True)
     elif not same_merge(recipe, work):
         raise BadInput(

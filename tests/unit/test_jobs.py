@@ -249,9 +249,40 @@ def test_which_python_trains(tmp_path, monkeypatch):
     monkeypatch.delenv(environment.VARIABLE)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert environment.training_python() == HERE, "an installed package, without an install.py"
-    (tmp_path / "install.py").write_text("def train_environment():\n    return None\n", encoding="utf-8")
+    script = tmp_path / "install.py"
+    script.write_text("import sys; sys.exit(3)", encoding="utf-8")
     with pytest.raises(environment.NotInstalled, match=r"install\.py --train"):
         environment.training_python()
+    script.write_text("""print('{"python": "/há/python", "paths": ["/p"]}')""", encoding="utf-8")
+    assert environment.training_python() == Training(Path("/há/python"), (Path("/p"),))
+
+
+def test_installing_tells_its_lines_and_can_be_stopped(tmp_path, monkeypatch):
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    script = tmp_path / "install.py"
+    script.write_text(
+        "import sys, time, pathlib\nmade = pathlib.Path(__file__).with_name('made')\n"
+        "if '--where' in sys.argv:\n"
+        '    print(\'{"python": "p", "paths": []}\'); sys.exit(not made.exists())\n'
+        "print('install.py: installing', flush=True)\n"
+        "if pathlib.Path(__file__).with_name('slow').exists(): time.sleep(99)\n"
+        "if pathlib.Path(__file__).with_name('bad').exists(): sys.exit('install.py: no network')\n"
+        "made.touch()\n",
+        encoding="utf-8",
+    )
+    lines: list[str] = []
+    (tmp_path / "slow").touch()
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="could not be installed: installing"):
+        environment.install(lines.append, lambda: bool(lines))
+    assert time.monotonic() - began < 60 and lines == ["installing"]
+    (tmp_path / "slow").unlink()
+    (tmp_path / "bad").touch()
+    with pytest.raises(BadInput, match="could not be installed: no network"):
+        environment.install(lines.append)
+    (tmp_path / "bad").unlink()
+    assert environment.install(lines.append) == Training(Path("p"))
 
 
 def test_hosts_need_the_standard_library_alone():
