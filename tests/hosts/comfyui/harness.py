@@ -76,13 +76,14 @@ class Server:
         self.process = subprocess.Popen(
             command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT, env=environment
         )
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600  # a busy machine takes minutes
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 self.get("/system_stats")
                 return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.3)
+        self.stop()
         raise RuntimeError(f"ComfyUI did not start:\n{self.text_of_log()[-3000:]}")
 
     def stop(self) -> None:
@@ -120,7 +121,7 @@ class Server:
         told = json.loads(answer)
         if status != 200:
             raise Failed(json.dumps(told))
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while time.monotonic() < end:
             entry = self.get(f"/history/{told['prompt_id']}").get(told["prompt_id"])
             if entry and entry["status"]["completed"] is not None and entry["status"]["status_str"]:

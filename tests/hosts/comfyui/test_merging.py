@@ -33,7 +33,7 @@ def submit(server: Server, graph: Graph) -> str:
 
 def messages(server: Server, prompt: str) -> dict[str, Any]:
     """What ended a prompt."""
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while time.monotonic() < until:
         if entry := server.get(f"/history/{prompt}").get(prompt):
             return dict(entry["status"]["messages"])
@@ -41,7 +41,7 @@ def messages(server: Server, prompt: str) -> dict[str, Any]:
     raise TimeoutError("the prompt did not end")
 
 
-def wait_for(path: Path, seconds: float = 180) -> None:
+def wait_for(path: Path, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < until, f"{path} did not come"
