@@ -11,7 +11,7 @@ runs, each in a fresh process and in an order that turns round by round:
 Seconds are of the work alone, without starting Python and importing torch. Before each run the files are dropped from
 the system's cache (--cache warm reads them into it instead; only Linux can drop them).
 
-    python benchmarks/weight_merge.py [--rounds 3] [--cache warm] [--out results.json] [--folder FOLDER]
+    python benchmarks/weight_merge.py [--rounds 3] [--ways copy ours] [--cache warm] [--out FILE] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def measure(way: str, folder: Path, cold: bool) -> dict[str, Any]:
         for path in files(folder):
             read_all(path)
     command = [sys.executable, str(Path(__file__).resolve()), "--run", way, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}  # as the command sets it: threads wait, not spin
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr[-2000:]}")
     for number in range(COUNT):
@@ -180,8 +181,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "seconds": round(statistics.median(run["seconds"] for run in own), 2),
             "cpu_seconds": round(statistics.median(run["cpu_seconds"] for run in own), 2),
             "peak_mb": round(max(run["peak_mb"] for run in own)),
-            "to_copy": [round(run["seconds"] / base[run["round"]], 2) for run in own],
-            "to_copy4": [round(run["seconds"] / base4[run["round"]], 2) for run in own],
+            "to_copy": [round(run["seconds"] / base[run["round"]], 2) for run in own if run["round"] in base],
+            "to_copy4": [round(run["seconds"] / base4[run["round"]], 2) for run in own if run["round"] in base4],
         }
     return found
 
@@ -189,6 +190,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="only these of the four")
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold" if hasattr(os, "posix_fadvise") else "warm")
     parser.add_argument("--folder", type=Path, help="where to make the files (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="write the results here too")
@@ -201,8 +203,8 @@ def main() -> None:
     if args.run:
         print(json.dumps(measure_here(args.run, args.folder)))
         return
-    ways = [way for way in WAYS if way != "mecha" or find_spec("sd_mecha")]
-    if "mecha" not in ways:
+    ways = [way for way in args.ways if way != "mecha" or find_spec("sd_mecha")]
+    if ways != args.ways:
         print("sd-mecha is not installed here and is left out (pip install sd-mecha)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

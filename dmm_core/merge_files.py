@@ -193,7 +193,7 @@ class Merger:
                 if delta is not None and (bad := non_finite(delta)):
                     return NonFinite(spec.path, error.key, bad)
         if not stored:
-            return NonFinite(self.first.path, error.key, 1)
+            return NonFinite(self.first.path, error.key, non_finite(self.copied[error.key].make()))
         dtype = str(self.kinds[error.key].dtype).removeprefix("torch.")
         return BadInput(f"{error.key} has values too large for {dtype}", self.recipe.out, "Use dtype bf16 or fp32.")
 
