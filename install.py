@@ -4,6 +4,7 @@ Without arguments, as ComfyUI and the webuis call it, it changes nothing: infere
 
     python install.py --demo [ARGS]   make .venv-dmm beside this file, then run ``dmm demo ARGS`` in it
     python install.py --test [ARGS]   the same, then run ``pytest ARGS``
+    python install.py --train         make what hosts train with: .venv-train over this Python's packages
 
 A torch that this Python already has is used, not downloaded again; no package of this Python is added or changed.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,10 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv-dmm"
-STAMP = VENV / "dmm-install.stamp"  # what was installed to the end
+TRAIN = ROOT / ".venv-train"  # for hosts: over the packages of the Python that runs them
+FOLDER = ROOT / ".train-packages"  # the same where Python cannot make virtual environments (ComfyUI portable)
+STAMP = "dmm-install.stamp"  # in an environment: what was installed to the end
 PYTHON = (3, 10)  # as pyproject.toml says
 OLDEST_TORCH = (2, 4)  # older ones do not go with transformers
-EXTRAS = {"--demo": ("train",), "--test": ("train", "dev")}
+EXTRAS = {"--demo": ("train",), "--test": ("train", "dev"), "--train": ("train",)}
 # With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
 ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "pytest", "ruff", "mypy"}
 
@@ -95,22 +99,39 @@ def requirements(extras: Iterable[str], torch: str | None) -> list[str]:
 # ---------------------------------------------------------------- the environment
 
 
-def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def venv_python(venv: Path = VENV) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def fingerprint(torch: str | None) -> str:
+def fingerprint(torch: str | None, place: Path = VENV) -> str:
     """Changes whenever the environment must be made anew: other requirements, versions, Python, place or torch."""
-    parts = [*requirements(("train", "dev"), torch), constraints(torch), sys.version, sys.prefix, str(VENV), str(torch)]
+    parts = [
+        *requirements(("train", "dev"), torch),
+        constraints(torch),
+        sys.version,
+        sys.prefix,
+        str(place),
+        str(torch),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def installed(wanted: str) -> set[str]:
+def installed(wanted: str, place: Path = VENV) -> set[str]:
     """The extras that the environment holds; none where it is missing, outdated or was broken off half-way."""
-    if not (STAMP.exists() and venv_python().exists()):
+    if not ((place / STAMP).exists() and (place == FOLDER or venv_python(place).exists())):
         return set()
-    then, *extras = STAMP.read_text(encoding="utf-8").split()
+    then, *extras = (place / STAMP).read_text(encoding="utf-8").split()
     return set(extras) if then == wanted else set()
+
+
+def train_environment() -> tuple[Path, list[Path]] | None:
+    """The Python for training in hosts and what goes before its own packages, if ``--train`` has made them."""
+    torch = host_torch()
+    if "train" in installed(fingerprint(torch, TRAIN), TRAIN):
+        return venv_python(TRAIN), []
+    if "train" in installed(fingerprint(torch, FOLDER), FOLDER):
+        return Path(sys.executable), [FOLDER]
+    return None
 
 
 def run(command: list[str], **options: Any) -> int:
@@ -121,46 +142,92 @@ def run(command: list[str], **options: Any) -> int:
     return subprocess.run(command, env=environment, **options).returncode
 
 
-def make_venv(torch: str | None) -> None:
+class NoVenv(SetupError):
+    """This Python cannot make virtual environments."""
+
+
+def make_venv(torch: str | None, venv: Path = VENV) -> None:
     """A fresh environment; with the host's packages behind its own, where its torch is to be used."""
-    say(f"making {VENV.name} with Python {sys.version.split()[0]}")
-    if VENV.exists():
-        shutil.rmtree(VENV)
-    if run([sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        shutil.rmtree(VENV, ignore_errors=True)
-        raise SetupError(
+    say(f"making {venv.name} with Python {sys.version.split()[0]}")
+    if venv.exists():
+        shutil.rmtree(venv)
+    if run([sys.executable, "-m", "venv", str(venv)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        shutil.rmtree(venv, ignore_errors=True)
+        raise NoVenv(
             f"{sys.executable} cannot make a virtual environment. On Debian and Ubuntu run: apt install python3-venv. "
             "Where Python came inside another program, use one from python.org."
         )
     if torch:  # not --system-site-packages: that would skip the packages of a host that runs in a venv itself
         code = "import sysconfig; print(ascii(sysconfig.get_path('purelib')))"
-        own = subprocess.run([str(venv_python()), "-c", code], capture_output=True, text=True, check=True).stdout
+        own = subprocess.run([str(venv_python(venv)), "-c", code], capture_output=True, text=True, check=True).stdout
         # one line of code, and ASCII: lines of a .pth file that are bare paths are read in the locale's encoding
         line = f"import sys; sys.path.extend({package_folders()!a})\n"
         Path(ast.literal_eval(own), "zz-host.pth").write_text(line, encoding="ascii")
 
 
-def prepare(extras: tuple[str, ...]) -> Path:
+def pip(python: Path, limits: Path, *arguments: str) -> list[str]:
+    """The command that installs; --only-binary: a missing wheel is an error at once, not a build without a compiler."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    command += [] if sys.stdout.isatty() else ["-qq"]  # progress bars for those who watch
+    return [*command, "--only-binary=:all:", "-c", str(limits), *arguments]
+
+
+def write_limits(place: Path, torch: str | None) -> Path:
+    (place / "constraints.txt").write_text(constraints(torch), encoding="utf-8")
+    return place / "constraints.txt"
+
+
+def failed() -> SetupError:
+    return SetupError("pip could not install the requirements; its message is above. Is there a network?", 1)
+
+
+def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
     """Bring the environment to hold these extras; returns its Python. Does nothing where it holds them already."""
     torch = host_torch()
-    wanted = fingerprint(torch)
-    have = installed(wanted)
+    wanted = fingerprint(torch, venv)
+    have = installed(wanted, venv)
     if have.issuperset(extras):
-        return venv_python()
+        return venv_python(venv)
     if not have:
-        make_venv(torch)
-    STAMP.unlink(missing_ok=True)  # so that an install that breaks off is seen as such
+        make_venv(torch, venv)
+    (venv / STAMP).unlink(missing_ok=True)  # so that an install that breaks off is seen as such
     note = f"using torch {torch} of this Python" if torch else "torch is the large part"
     say(f"installing {', '.join(extras)} requirements ({note})")
-    limits = VENV / "constraints.txt"
-    limits.write_text(constraints(torch), encoding="utf-8")
-    # --only-binary: a missing wheel is then an error at once, and not a build that needs a compiler
-    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    pip += [] if sys.stdout.isatty() else ["-qq"]  # progress bars for those who watch
-    if run([*pip, "--only-binary=:all:", "-c", str(limits), *requirements(extras, torch)]):
-        raise SetupError("pip could not install the requirements; its message is above. Is there a network?", 1)
-    STAMP.write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
-    return venv_python()
+    if run(pip(venv_python(venv), write_limits(venv, torch), *requirements(extras, torch))):
+        raise failed()
+    (venv / STAMP).write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
+    return venv_python(venv)
+
+
+def prepare_training() -> None:
+    """``.venv-train``, or ``.train-packages`` where that cannot be; this Python's own packages stay as they are."""
+    torch = host_torch()
+    if torch is None:  # pip's torch for Windows has no CUDA, and for Linux is gigabytes: not without being asked
+        raise SetupError(
+            f"{sys.executable} has no torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer. "
+            "Run this with the Python of your host, e.g. python_embeded of ComfyUI portable."
+        )
+    if train_environment() is None:
+        try:
+            prepare(EXTRAS["--train"], TRAIN)
+        except NoVenv:
+            prepare_folder(torch)
+    say("ready to train")
+
+
+def prepare_folder(torch: str) -> None:
+    """Put into ``.train-packages`` what this Python lacks, and only that."""
+    say(f"no virtual environments here: using the folder {FOLDER.name}")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    limits, report, wanted = write_limits(FOLDER, torch), FOLDER / "lacking.json", requirements(("train",), torch)
+    if run(pip(Path(sys.executable), limits, "--dry-run", "--report", str(report), *wanted)):
+        raise failed()
+    found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    lacking = [f"{about['name']}=={about['version']}" for about in found]
+    if lacking and run(pip(Path(sys.executable), limits, "--no-deps", "--target", str(FOLDER), *lacking)):
+        raise failed()
+    (FOLDER / STAMP).write_text(f"{fingerprint(torch, FOLDER)} train", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- commands
@@ -170,6 +237,11 @@ def start(action: str, arguments: list[str]) -> int:
     """Prepare the environment and run the command in it; returns the command's exit code."""
     if sys.version_info < PYTHON:
         raise SetupError(f"Python {PYTHON[0]}.{PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}.")
+    if action == "--train":
+        if arguments:
+            raise SetupError("--train takes no arguments.")
+        prepare_training()
+        return 0
     python, here = str(prepare(EXTRAS[action])), {"PYTHONPATH": str(ROOT)}
     if action == "--test":
         return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
@@ -185,7 +257,7 @@ def main(arguments: list[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     raise SetupError(
-        f"there is no option {arguments[0]}. The options are --demo and --test, each before its arguments."
+        f"there is no option {arguments[0]}. The options are --demo, --test and --train, each before its arguments."
     )
 
 

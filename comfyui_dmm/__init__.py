@@ -24,7 +24,7 @@ _find_core()
 
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
-from . import routes  # noqa: E402
+from . import merge_node, routes  # noqa: E402
 from .nodes import NODES  # noqa: E402
 
 WEB_DIRECTORY = "./comfyui_dmm/web"  # as seen from the root, whose __init__ hands it on
@@ -33,7 +33,7 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 class DMMExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return list(NODES)
+        return [*NODES, *merge_node.NODES]
 
 
 async def comfy_entrypoint() -> DMMExtension:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
+from dmm_core.presets import with_preset
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
 
@@ -100,7 +101,11 @@ class EvaluateSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does)."""
+    """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does).
+
+    ``preset`` fills what is left out (``dmm_core/presets.py``); ``work`` is the folder for what a resume needs (None:
+    beside the output).
+    """
 
     teachers: tuple[TeacherSpec, ...]
     out: Path
@@ -108,6 +113,8 @@ class Recipe:
     title: str | None = None
     default_style: dict[str, float] | None = None
     include_recipe: bool = True
+    preset: str | None = None
+    work: Path | None = None
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
@@ -140,7 +147,7 @@ def recipe_from_dict(
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, data)
+    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, with_preset(data, source))
     named = (replace(t, name=(t.name or t.path.stem).strip()) for t in recipe.teachers)
     recipe = replace(recipe, teachers=tuple(named))
     _check_values(recipe, source)

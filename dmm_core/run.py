@@ -43,7 +43,7 @@ class Merge:
 
     @property
     def work(self) -> Path:
-        """Folder for the resumable state and the cached latents, beside the output."""
+        """Folder for the resumable state and the cached latents."""
         return work_folder(self.recipe)
 
     @property
@@ -91,6 +91,8 @@ class Merge:
 
 
 def work_folder(recipe: Recipe) -> Path:
+    if recipe.work is not None:
+        return recipe.work
     out = Path(recipe.out)
     return out.with_name(out.stem + ".work")
 
@@ -178,8 +180,10 @@ def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Noti
             if spec.prompts
             else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
         )
-        pools = teacher_latents(recipe, sources, teachers, prompts, notify)
+        pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe))
     save_cache(cache, prompts, pools)
+    for part in cache.parent.glob("latents-*.safetensors"):
+        part.unlink()
     return load_cache(cache)  # as stored, so that a resumed run sees the same bits
 
 
@@ -190,14 +194,22 @@ def teacher_latents(
     prompts: Sequence[str],
     notify: Notify = silent,
     chunk: int = 16,
+    keep: Path | None = None,
 ) -> list[Pool]:
-    """``latents_per_teacher`` latents sampled from every teacher, the prompts in turn: no data set is needed."""
+    """``latents_per_teacher`` latents sampled from every teacher, the prompts in turn: no data set is needed.
+
+    ``keep``: a folder where each teacher's are put, and found again after an interruption.
+    """
     spec = recipe.data
     count, total = spec.latents_per_teacher, spec.latents_per_teacher * len(teachers)
     size = latent_size(sources.base, spec.size)
     teachers.embed([*prompts, ""])
     pools = []
     for index in range(len(teachers)):
+        kept = keep / f"latents-{index}.safetensors" if keep else None
+        if kept and kept.exists():
+            pools += load_cache(kept)[1]
+            continue
         number = (
             torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
         )
@@ -214,6 +226,8 @@ def teacher_latents(
             )  # fmt: skip
             notify("teachers draw their training data", index * count + start + len(rows), total)
         pools.append(Pool(torch.cat(parts), number))
+        if kept:
+            save_cache(kept, prompts, pools[-1:])
     return pools
 
 

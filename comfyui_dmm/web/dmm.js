@@ -8,8 +8,9 @@ import { api } from "../../scripts/api.js";
 const LOADER = "LoadDMM";
 const MIX = "StyleMix";
 const VECTOR = "StyleVector";
+const MERGE = "MergeCheckpoints";
 const SLIDERS = 8;
-const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0" }; // of sockets and wires
+const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0", DMM_TEACHERS: "#7fb069" }; // of sockets and wires
 const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
 const KEEP_MS = 3000; // how long an answer of the route is taken for current
 
@@ -67,6 +68,7 @@ function checkpointOf(node) {
   const loader = source(node.graph, inputOf(node, "codebook"));
   if (loader?.comfyClass !== LOADER) return null;
   const wired = source(loader.graph, inputOf(loader, "checkpoint"));
+  if (wired?.comfyClass === MERGE) return `${widgetOf(wired, "name")?.value}.safetensors`;
   const widget = wired ? wired.widgets?.[0] : widgetOf(loader, "checkpoint");
   return typeof widget?.value === "string" ? widget.value : null;
 }
@@ -141,6 +143,14 @@ function refreshSoon() {
   timer = setTimeout(() => refresh().catch((error) => console.error("DMM:", error)), WAIT_MS);
 }
 
+/** The Merge Checkpoints node that the server calls `id` ("3", inside subgraphs "7:3"), or undefined. */
+function merging(id) {
+  const own = String(id ?? "").split(":").pop();
+  return graphs()
+    .flatMap(nodesOf)
+    .find((node) => node.comfyClass === MERGE && String(node.id) === own);
+}
+
 /** Call `after` whenever `object[name]` has been called. */
 function chain(object, name, after) {
   const before = object[name];
@@ -176,7 +186,18 @@ function paint() {
 app.registerExtension({
   name: "dmm.styles",
 
-  setup: paint,
+  setup() {
+    paint();
+    // A merge that is done has written a file: every list of checkpoints gets it.
+    api.addEventListener("executed", ({ detail }) => {
+      if (merging(detail?.node)) app.refreshComboInNodes?.();
+    });
+    // Nodes 2.0 takes no notice of the text that a running node gets.
+    api.addEventListener("progress_text", ({ detail }) => {
+      const node = window.LiteGraph?.vueNodesMode && merging(detail?.nodeId);
+      if (node) setTimeout(() => redraw(node, false)); // after the page itself has taken the text
+    });
+  },
 
   nodeCreated(node) {
     if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) return;

@@ -23,9 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--force", action="store_true", help="overwrite the output if it is there")
+    parser.add_argument("--preset", help="preview, good, best or mini: fills what is not said otherwise")
+    parser.add_argument(
+        "--events",
+        action="store_true",
+        help="for programs: JSON lines on stdout; resumes by itself",
+    )
+    parser.add_argument("--preview", type=float, default=60.0, metavar="SECONDS", help="of --events; 0: none (60)")
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
+    if args.events:
+        from dmm_core import child
+
+        return child.run(lambda: recipe_of(args), args.preview, args.force)
     recipe = recipe_of(args)
     if Path(recipe.out).exists() and not args.force:
         raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
@@ -45,13 +56,14 @@ def recipe_of(args: argparse.Namespace) -> Any:
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
     if args.recipe:
-        if args.teacher:
-            raise BadInput("give a recipe or --teacher, not both")
+        if args.teacher or args.preset:
+            raise BadInput(f"give a recipe or --{'teacher' if args.teacher else 'preset'}, not both")
         return load_recipe(args.recipe)
     if not args.teacher or not args.out:
         raise BadInput("a recipe is missing", hint="Give a YAML file, or --teacher FILE … --out FILE.")
     data: dict[str, Any] = {"teachers": list(args.teacher), "out": args.out}
     data |= {"base": args.base} if args.base else {}
+    data |= {"preset": args.preset} if args.preset else {}
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
     return recipe_from_dict(data, source="command line")

@@ -255,3 +255,31 @@ def test_a_finished_training_is_saved_before_what_follows_it(tmp_path, teachers)
     assert list(again.steps()) == []
     for key, tensor in trained.distillation.student.state_dict().items():
         assert torch.equal(tensor, again.distillation.student.state_dict()[key]), key
+
+
+def test_an_interruption_loses_no_teacher_s_finished_latents(tmp_path, teachers):
+    """Stopped while the second teacher draws: the first one's are taken up, and the data is the same in every bit."""
+    from dmm_core.run import load_teachers, make_data
+
+    def run(name, notify):
+        made = recipe(tmp_path / name / "o.safetensors", teachers)
+        sources = open_sources(made)
+        return make_data(made, sources, load_teachers(made, sources), notify)
+
+    told = []
+
+    def break_off(what, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+        told.append(done)
+
+    whole = run("whole", lambda *progress: None)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", break_off)
+    assert told and (tmp_path / "broken" / "o.work" / "latents-0.safetensors").exists()
+    again = []
+    resumed = run("broken", lambda what, done, total: again.append(done))
+    assert min(again) > max(told), "the first teacher did not draw again"
+    for one, two in zip(whole[1], resumed[1], strict=True):
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.prompt, two.prompt)
+    assert [p.name for p in (tmp_path / "broken" / "o.work").glob("latents*")] == ["latents.safetensors"]

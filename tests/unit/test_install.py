@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,7 @@ def install(root, tmp_path):
     def run(command, **options):
         module.commands.append([str(part) for part in command])
         if command[1:3] == ["-m", "venv"] and not module.codes.get("venv"):
-            python = module.venv_python()
+            python = module.venv_python(Path(command[3]))
             python.parent.mkdir(parents=True)
             python.touch()
         return next((code for word, code in module.codes.items() if word in command), 0)
@@ -88,7 +90,7 @@ def test_failed_install_is_told_and_made_anew_next_time(install):
     left_over.touch()
     install.codes.clear()
     assert install.main(["--demo"]) == 0
-    assert not left_over.exists() and install.STAMP.exists()
+    assert not left_over.exists() and (install.VENV / install.STAMP).exists()
 
 
 def test_changed_constraints_make_it_anew(install):
@@ -116,7 +118,7 @@ def test_a_torch_that_is_there_is_used(install, monkeypatch):
     monkeypatch.setattr(
         install, "host_packages", lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4", "diffusers": "0.31"}
     )
-    monkeypatch.setattr(install, "make_venv", lambda torch: install.VENV.mkdir())
+    monkeypatch.setattr(install, "make_venv", lambda torch, venv: venv.mkdir())
     install.main(["--demo"])
     (pip,) = pips(install)
     assert "torch" not in pip
@@ -164,3 +166,61 @@ def test_every_requirement_has_a_tested_version(install):
     }
     wanted = {install.normal(line.split(">")[0]) for line in install.requirements(("train", "dev"), None)}
     assert wanted <= pinned
+
+
+# ---------------------------------------------------------------- --train
+
+
+@pytest.fixture
+def host(install):
+    """A host's Python with a torch."""
+    install.host_packages = lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4"}
+    real = install.make_venv
+
+    def make_venv(torch, venv):
+        real(None, venv)  # without asking the venv, which is none, for its folders
+
+    install.make_venv = make_venv
+    return install
+
+
+def test_train_has_a_place_of_its_own_and_is_made_once(host):
+    assert host.train_environment() is None
+    assert host.main(["--train"]) == 0
+    (pip,) = pips(host)
+    assert pip[0] == str(host.venv_python(host.TRAIN)) and "torch" not in pip and not host.VENV.exists()
+    assert not any(part.startswith("pytest") for part in pip)
+    assert host.train_environment() == (host.venv_python(host.TRAIN), [])
+    assert host.main(["--train"]) == 0 and len(pips(host)) == 1
+    host.host_packages = lambda: {"torch": "2.9.0+cu128"}
+    assert host.train_environment() is None, "made for another torch"
+
+
+def test_train_without_a_torch_downloads_none(install):
+    with pytest.raises(install.SetupError, match="Run this with the Python of your host") as caught:
+        install.main(["--train"])
+    assert caught.value.code == 2 and install.commands == []
+
+
+def test_train_without_venv_puts_only_what_is_lacking_into_a_folder(host):
+    host.codes["venv"] = 1
+    stub = host.run
+
+    def run(command, **options):
+        if "--report" in command:
+            items = [{"metadata": {"name": "diffusers", "version": "0.39.0"}}]
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": items}), encoding="utf-8")
+        return stub(command, **options)
+
+    host.run = run
+    assert host.main(["--train"]) == 0
+    asked, put = pips(host)
+    assert "--dry-run" in asked and any(part.startswith("transformers") for part in asked)
+    assert put[-3:] == ["--target", str(host.FOLDER), "diffusers==0.39.0"] and "--no-deps" in put
+    assert asked[0] == put[0] == sys.executable
+    assert host.train_environment() == (Path(sys.executable), [host.FOLDER]) and not host.TRAIN.exists()
+    host.codes["pip"] = 1
+    host.host_packages = lambda: {"torch": "2.9.0"}
+    with pytest.raises(host.SetupError):
+        host.main(["--train"])
+    assert host.train_environment() is None, "an installation that broke off is none"

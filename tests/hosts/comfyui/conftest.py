@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mini_family import family
+from tests.hosts.comfyui.browser import SHORT, SHORT_RECIPE
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
 from tests.hosts.comfyui.other_files import CONTROLNET, LORA, write_controlnet, write_lora
@@ -22,6 +25,8 @@ def dmm_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     host_paths()
+    os.environ.setdefault("DMM_TRAIN_PYTHON", sys.executable)  # the merges of these tests run with what runs the tests
+    os.environ["DMM_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
     base = tmp_path_factory.mktemp("comfy base")  # with a space, as users have them
     for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (base / "models" / folder).mkdir(parents=True)
@@ -31,9 +36,10 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     checkpoints = base / "models" / "checkpoints"
     (checkpoints / "mini-dmm.safetensors").write_bytes(dmm_file.read_bytes())
     make_dmm(checkpoints / "other-dmm.safetensors", ("ink", "clay", "neon"), seed=1)
-    family = ROOT / "mini_family" / "weights"
-    (checkpoints / "plain.safetensors").write_bytes((family / "base.safetensors").read_bytes())
+    (checkpoints / "plain.safetensors").write_bytes((family.WEIGHTS / "base.safetensors").read_bytes())
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
+    family.unpack(checkpoints, ("ink", "clay", "neon"))
+    (base / "input" / SHORT).write_text(SHORT_RECIPE, encoding="utf-8")
     write_lora(base / "models" / "loras" / LORA)
     write_controlnet(base / "models" / "controlnet" / CONTROLNET)
     running = Server(base)

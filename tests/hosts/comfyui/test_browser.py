@@ -157,3 +157,33 @@ def test_every_workflow_is_its_api_format(page, path, shoot):
     }
     page.run()
     shoot(path.stem)
+
+
+MERGE = ROOT / "workflows" / "dmm_8_merge_checkpoints.json"
+TEXTS = """() => { const node = app.graph.nodes.find(n => n.comfyClass === 'MergeCheckpoints');
+                   return node.widgets.map(w => String(w.value ?? '')).join('\\n') }"""
+
+
+def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
+    """Bar, text with time left and losses, live picture; Cancel on the page; what it says then."""
+    page.load(MERGE)
+    name = f"page-{'nodes2' if page.nodes2 else 'classic'}"
+    page.page.evaluate(
+        """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'MergeCheckpoints').widgets
+                       .find(w => w.name === 'name'); w.value = name; w.callback?.(name) }""",
+        name,
+    )
+    page.page.get_by_test_id("queue-button").locator("button").first.click()
+    page.until(f"() => /step \\d+ of 40, .* left\\s+loss: ink 0\\.\\d+, clay 0/.test(({TEXTS})())", None, 240)
+    node = page.node_id("MergeCheckpoints")
+    page.until("(id) => app.nodePreviewImages?.[id]?.length || app.graph.getNodeById(id).imgs?.length", node, 60)
+    if page.nodes2:  # the text is not only in the graph, it is on the page
+        page.until("(id) => /step \\d+ of 40/.test(document.querySelector(`[data-node-id='${id}']`).innerText)", node)
+    page.page.wait_for_timeout(700)  # until it is drawn
+    shoot("merge")
+    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Interrupt')")
+    page.until(
+        f"() => /Stopped at step \\d+ of 40\\. Run it again to go on from there\\./.test(({TEXTS})())", None, 120
+    )
+    shoot("merge-cancelled")
+    assert (page.server.base / "user" / "dmm" / f"{name}.work" / "state.safetensors").exists()

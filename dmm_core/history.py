@@ -1,0 +1,44 @@
+"""How the losses went: a line for each teacher, smoothed, kept over sittings. Standard library alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dmm_core.files import write_atomically
+
+MEMORY = 0.9  # of the moving average
+POINTS = 400  # more are thinned out
+
+
+class Losses:
+    """Takes every step's losses; ``points`` are (step, smoothed losses), evenly spaced.
+
+    Args:
+        path: where they are kept. What is there from steps beyond ``step`` was not saved with the state: it is dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.every = 1
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.points = [(int(at), dict(losses)) for at, losses in kept["points"] if at <= step]
+            self.every = int(kept["every"])
+        except (OSError, ValueError, KeyError, TypeError):  # none yet; a picture less is no loss
+            pass
+        self.now: dict[str, float] = dict(self.points[-1][1]) if self.points else {}
+
+    def add(self, step: int, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            self.now[name] = MEMORY * self.now.get(name, loss) + (1 - MEMORY) * loss
+        if step % self.every == 0:
+            self.points.append((step, dict(self.now)))
+        if len(self.points) > POINTS:
+            self.every *= 2
+            self.points = [point for point in self.points if point[0] % self.every == 0]
+
+    def save(self) -> None:
+        write_atomically(self.path, json.dumps({"every": self.every, "points": self.points}).encode())

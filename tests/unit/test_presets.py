@@ -1,0 +1,63 @@
+"""Presets: each is a sound recipe, what the recipe says itself wins, and hosts can list them without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dmm_core.errors import RecipeError
+from dmm_core.presets import PRESETS, with_preset
+from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
+
+
+def plain(count: int = 2, **more) -> dict:
+    return {"teachers": [f"t{i}.safetensors" for i in range(count)], "out": "o.safetensors", **more}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
+def test_each_makes_a_recipe(name, count):
+    recipe = recipe_from_dict(plain(count, preset=name), check_files=False)
+    train = recipe.train
+    rows = train.batch * min(train.teachers_per_step or count, count)
+    assert 12 <= rows <= 26, "a step costs about the same, however many teachers there are"
+    assert train.save_every < train.steps and recipe.data.kind == "teachers"
+    assert PRESETS[name].title and PRESETS[name].does.endswith(".")
+
+
+def test_they_differ_in_what_they_cost():
+    steps = [recipe_from_dict(plain(preset=name), check_files=False).train.steps for name in PRESETS][:3]
+    assert list(PRESETS)[:3] == ["preview", "good", "best"] and steps == sorted(set(steps))
+
+
+def test_explicit_keys_win(tmp_path):
+    data = plain(preset="best", train={"steps": 7, "batch": 3}, data={"steps": 2})
+    recipe = recipe_from_dict(data, check_files=False)
+    assert (recipe.train.steps, recipe.train.batch, recipe.data.steps) == (7, 3, 2)
+    assert recipe.train.ema == 0.9995 and recipe.data.latents_per_teacher == 512, "the rest is the preset's"
+    assert data["train"] == {"steps": 7, "batch": 3}, "the mapping that was given is left alone"
+    for name in ("t0.safetensors", "t1.safetensors"):
+        (tmp_path / name).touch()
+    recipe = recipe_from_dict(data, tmp_path)
+    dump_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe, "a dumped recipe says everything itself"
+
+
+def test_without_one_nothing_changes():
+    assert with_preset({"teachers": []}, "recipe") == {"teachers": []}
+    assert with_preset([1], "recipe") == [1]
+
+
+def test_faults_are_told():
+    with pytest.raises(RecipeError, match=r"there is no 'bst'.*preview, good, best"):
+        recipe_from_dict(plain(preset="bst"), source="r.yaml", check_files=False)
+    with pytest.raises(RecipeError, match="train: expected a mapping"):
+        recipe_from_dict(plain(preset="good", train=3), check_files=False)
+
+
+def test_listed_without_torch():
+    code = "import sys, dmm_core.presets, dmm_core.recipe; print({'torch', 'yaml', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
