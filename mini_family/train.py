@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dmm_core.diffusion import TIMESTEPS, add_noise
-from dmm_core.ranks import Alone, Together
 from dmm_core.tokens import tokenize
 from mini_family.draw import STYLES
 from mini_family.names import caption, subjects
@@ -34,6 +33,7 @@ from mini_family.names import caption, subjects
 BATCH = 24
 PROMPT_DROP = 0.1
 EMA, EMA_EVERY = 0.998, 4  # decay a step; steps
+MEET_EVERY = 8  # steps
 UNET = dict(
     sample_size=8,
     block_out_channels=(64, 128),
@@ -74,7 +74,8 @@ class Trainer:
     Args:
         looks: a look's word in the prompt ("" for the plain prompt) → its latents (names, variants, 4, 8, 8). The plain
             prompt is drawn as often as all the others together.
-        share: processes whose gradients are added up; each draws ``BATCH`` / share rows a step.
+        share: processes that train side by side on ``BATCH`` / share rows a step each, and meet in the mean of their
+            weights every ``MEET_EVERY`` steps: adding up gradients at each step would be mostly waiting.
     """
 
     def __init__(
@@ -90,7 +91,6 @@ class Trainer:
         self.unet, self.text, self.train_text = unet, text.requires_grad_(train_text), train_text
         self.averages = (copy.deepcopy(unet), copy.deepcopy(text))
         self.lr, self.share = lr, share
-        self.ranks = Together() if share > 1 else Alone()
         params = [{"params": unet.parameters()}]
         if train_text:
             params.append({"params": text.parameters()})
@@ -104,6 +104,14 @@ class Trainer:
             models = (self.unet, self.text) if self.train_text else (self.unet,)
             for average, model in zip(self.averages, models, strict=False):
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        flat = torch.cat([p.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, mean in zip(params, flat.div_(self.share).split([p.numel() for p in params]), strict=True):
+            p.copy_(mean.view_as(p))
 
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (count, 4, 8, 8) and tokens (count, 77) of random looks and subjects."""
@@ -119,14 +127,15 @@ class Trainer:
         x0, tokens = self.draw(BATCH // self.share)
         t, noise = torch.randint(TIMESTEPS, (len(x0),)), torch.randn_like(x0)
         context = self.text(tokens).last_hidden_state
-        loss = F.mse_loss(self.unet(add_noise(x0, noise, t), t, context).sample, noise) / self.share
+        loss = F.mse_loss(self.unet(add_noise(x0, noise, t), t, context).sample, noise)
         self.optimizer.zero_grad()
         loss.backward()
-        self.ranks.add_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
+        if self.share > 1 and count % MEET_EVERY == 0:
+            self.meet()
         self.follow(count)
-        return loss.item() * self.share
+        return loss.item()
 
 
 def looks_of(data: Path, run: str) -> dict[str, torch.Tensor]:
@@ -165,10 +174,12 @@ def train(args: argparse.Namespace, run: str, rank: int = 0) -> Path:
 
 
 def progress(args: argparse.Namespace, began: float, count: int) -> float:
-    """The share of a run that is done, the same in all its processes."""
+    """The share of a run that is done, the same in all its processes where they meet."""
     done = torch.tensor(count / args.steps if args.steps else (time.time() - began) / (60 * args.minutes))
-    if args.processes > 1:
+    if args.processes > 1 and count % MEET_EVERY == 0:
         dist.broadcast(done, 0)
+    elif args.processes > 1:
+        done.clamp_(max=0.999)  # the end is at a meeting
     return done.item()
 
 
