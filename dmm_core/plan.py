@@ -62,10 +62,12 @@ def choose_device(wanted: str = "auto") -> str:
     return wanted
 
 
-def choose_precision(wanted: str, device: str) -> str:
-    """ "auto" → bf16 where the GPU has it, else fp16 on a GPU, fp32 on CPU and MPS."""
+def choose_precision(wanted: str, device: str, weights: str = "fp32") -> str:
+    """ "auto" → bf16 where the GPU or the student's weights have it, else fp16 on a GPU, fp32 on CPU and MPS."""
     if wanted != "auto":
         return wanted
+    if weights == "bf16":
+        return "bf16"
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "fp32"
@@ -146,7 +148,7 @@ def plan(recipe: Recipe, seconds_per_step: float | None = None) -> Plan:
     """
     sources = open_sources(recipe)
     device = choose_device(recipe.train.device)
-    precision = choose_precision(recipe.train.precision, device)
+    precision = choose_precision(recipe.train.precision, device, recipe.train.weights)
     count = parameters(sources.base)
     resident = min(recipe.train.resident or len(sources.teachers), len(sources.teachers))
     memory = count * (16 + (4 if recipe.train.ema else 0)) + count * resident * (4 if precision == "fp32" else 2)

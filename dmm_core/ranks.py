@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dmm_core.recipe import Recipe
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(minutes=10)  # for another process's step
+BUCKET = 1 << 24  # numbers that are added up at once
 
 
 class Alone:
@@ -37,9 +38,13 @@ class Alone:
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Put the sum over all processes into every gradient."""
 
-    def gather(self, rows: list) -> list:
-        """All processes' rows, in their order."""
-        return rows
+    def add(self, tally: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return tally
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Whether it is so in any of the processes."""
+        return here
 
 
 class Together(Alone):
@@ -49,19 +54,34 @@ class Together(Alone):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        with_gradient = [p for p in parameters if p.requires_grad]
-        for p in with_gradient:
-            if p.grad is None:  # no teacher was left for this process
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in with_gradient if p.grad is not None])
-        dist.all_reduce(flat)
-        for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
-            p.grad = part.view_as(p)
+        for bucket in _buckets(list(parameters)):
+            # a process for which no teacher was left has no gradients
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in bucket])
+            dist.all_reduce(flat)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = torch.empty_like(p).copy_(part.view_as(p))
 
-    def gather(self, rows: list) -> list:
-        lists: list[Any] = [None] * self.world
-        dist.all_gather_object(lists, rows)
-        return [row for part in lists for row in part]
+    def add(self, tally: Tensor) -> Tensor:
+        dist.all_reduce(tally)
+        return tally
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        flag = torch.tensor(int(here), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in groups of about ``BUCKET`` numbers, so that the sums need little memory of their own."""
+    bucket, size = [], 0
+    for p in parameters:
+        bucket.append(p)
+        size += p.numel()
+        if size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 @contextmanager

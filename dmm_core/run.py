@@ -22,6 +22,7 @@ from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import companions
 from dmm_core.recipe import Recipe, dump_recipe
 from dmm_core.sample import initial_noise, sample_latents
+from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -123,11 +124,12 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent) -> Me
 
 
 def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
-    device = choose_device(recipe.train.device)
+    spec, device = recipe.train, choose_device(recipe.train.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        choose_precision(recipe.train.precision, device)
+        choose_precision(spec.precision, device, spec.weights)
     ]
-    return Teachers(sources.teachers, device, dtype, recipe.train.resident)
+    last = wants_channels_last(spec.channels_last, torch.device(device))
+    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile)
 
 
 def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers | None = None) -> Distillation:
@@ -136,12 +138,15 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     teachers.embed(data.prompts)
     encoder = build_text_encoder(sources.base, torch.float32).to(teachers.device)
     context = encode_prompts(encoder, list(data.prompts)).cpu()
-    tensors = start_tensors(recipe, sources)
-    student = Student.start(sources.base, tensors, sources.names, recipe.default_style, recipe.train.seed).to(
-        teachers.device
-    )
-    precision = choose_precision(recipe.train.precision, teachers.device.type)
-    return Distillation(student, teachers, data, context, recipe.train, precision)
+    del encoder  # its place on the device is the student's
+    spec = recipe.train
+    student = Student.start(
+        sources.base, start_tensors(recipe, sources), sources.names, recipe.default_style, spec.seed,
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.weights], spec.rank if spec.student == "lora" else None,
+    ).to(teachers.device)  # fmt: skip
+    quicken(student.unet, teachers.channels_last, spec.compile)
+    precision = choose_precision(spec.precision, teachers.device.type, spec.weights)
+    return Distillation(student, teachers, data, context, spec, precision)
 
 
 def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
