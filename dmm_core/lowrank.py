@@ -25,7 +25,9 @@ class LowRank(nn.Module):
         super().__init__()
         outputs, *inputs = layer.weight.shape
         self.shape = layer.weight.shape
-        self.stride, self.padding = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else (None, None)
+        self.geometry: dict[str, Any] | None = None
+        if isinstance(layer, nn.Conv2d):
+            self.geometry = {"stride": layer.stride, "padding": layer.padding}
         if not isinstance(layer, nn.Linear) and (layer.groups, layer.dilation) != (1, (1, 1)):
             raise ValueError(f"no low-rank change of a grouped or dilated convolution {layer}")
         fan_in = torch.Size(inputs).numel()
@@ -35,9 +37,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if self.stride is None:
+        if self.geometry is None:
             return F.linear(F.linear(x, down), up)
-        return F.conv2d(F.conv2d(x, down, stride=self.stride, padding=self.padding), up)
+        return F.conv2d(F.conv2d(x, down, **self.geometry), up)
 
     def delta(self) -> Tensor:
         """B A in the shape of the layer's weight."""

@@ -76,7 +76,7 @@ class StudentOptimizer:
         self.spec, self.device = spec, device
         self.parameters = [p for parameters, _ in groups for p in parameters]
         self.places = {p: i for i, p in enumerate(self.parameters)}
-        made = [{"params": list(parameters), "peak": peak, "lr": peak} for parameters, peak in groups]
+        made: list[dict[str, Any]] = [{"params": list(ps), "peak": peak, "lr": peak} for ps, peak in groups]
         if spec.fused_backward:
             each = [{**group, "params": [p]} for group in made for p in group["params"]]
             self.optimizers = [self._build([group]) for group in each]

@@ -1,12 +1,15 @@
 """Several processes that share each optimizer step: every one asks its part of the teachers, gradients are added up.
 
-All of them draw all samples from one random state, so the sum is what a single process would have, to rounding.
+Either this process starts the others (``companions``, for the cores of a CPU), or torchrun or accelerate launch has
+started all of them (``launched``, for several GPUs): any number, for any number of teachers. All draw all samples from
+one random state, so the sum is what a single process would have, to rounding.
 On a CPU two processes of one thread each are faster than one of two threads: small layers leave threads waiting.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +26,7 @@ from dmm_core.recipe import Recipe
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(minutes=10)  # for another process's step
+LONG = timedelta(hours=12)  # while the first process makes the data
 BUCKET = 1 << 24  # numbers that are added up at once
 
 
@@ -45,6 +49,13 @@ class Alone:
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""
         return here
+
+    def stops(self, asked: bool, device: torch.device) -> bool:
+        """Whether this step is the last one."""
+        return asked
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
 
 
 class Together(Alone):
@@ -71,6 +82,16 @@ class Together(Alone):
         return bool(flag)
 
 
+class Launched(Together):
+    """A member of a group of equals, which stop at the same step."""
+
+    def stops(self, asked: bool, device: torch.device) -> bool:
+        return self.any(asked, device)
+
+    def wait(self) -> None:
+        dist.barrier()
+
+
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters in groups of about ``BUCKET`` numbers, so that the sums need little memory of their own."""
     bucket, size = [], 0
@@ -82,6 +103,25 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
             bucket, size = [], 0
     if bucket:
         yield bucket
+
+
+@contextmanager
+def launched() -> Iterator[Alone]:
+    """Join the group that torchrun or accelerate launch announces in the environment; alone where there is none.
+
+    Every process takes the GPU of its number on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield Alone()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONG)
+    try:
+        yield Launched()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
