@@ -14,6 +14,7 @@ import contextlib
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -51,6 +52,10 @@ class Reporter:
 
     def progress(self, total: int | None, label: str) -> Progress:
         return Progress(total, label, self.stderr)
+
+    def silent(self) -> Reporter:
+        """One that says nothing, for all but the first of several processes."""
+        return Reporter(True, io.StringIO(), io.StringIO())
 
 
 class Parser(argparse.ArgumentParser):

@@ -61,6 +61,11 @@ class TrainSpec:
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
     ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+
+    Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
+    random; ``optimizer`` adamw8bit needs bitsandbytes or torchao; ``fused_backward`` updates each weight as soon as its
+    gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice instead
+    of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly).
     """
 
     start: Literal["average", "base"] = "average"
@@ -85,6 +90,14 @@ class TrainSpec:
     processes: Count = 1
     seed: CountOrNone = 0
     save_every: CountOrNone = 500
+    student: Literal["full", "lora"] = "full"
+    rank: Count = 64
+    weights: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    fused_backward: bool = False
+    checkpointing: bool = False
+    channels_last: bool | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,14 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
     for key in ("teachers_per_step", "micro", "resident"):
         value = getattr(train, key)
         demand((value or 1) <= total, f"train.{key}: expected at most the {total} teachers there are, got {value}")
+    if train.fused_backward:
+        for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
+            told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
+            demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
+    for key in ("weights", "fused_backward"):
+        narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
+        fine = getattr(train, key) in ("fp32", False) or not narrow
+        demand(fine, f"train.precision: expected auto or bf16 with {key}, got {train.precision}")
     out = recipe.out
     demand(out.suffix.lower() == ".safetensors", f"out: expected a name that ends in .safetensors, got {out.name!r}")
 
