@@ -1,9 +1,10 @@
 """A longer merge of the mini family: score alone and score + feature, average start and base start, several seeds.
 
-Every run is skipped if its line is in the table already, so the command can be stopped and called again; a run writes
-the gap closed and the ratio at several points of its way.
+A run writes the gap closed and the ratio at several points of its way. Every run is skipped if its line is in the table
+already, so the command can be stopped and called again, and calls with other seeds may run beside each other.
 
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
+    python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --show docs/mini_merge.png
 """
 
 from __future__ import annotations
@@ -15,60 +16,96 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dmm_core.measure import commit, device_name, measure
+from dmm_core.measure import Compared, commit, device_name, draw_compared, measure
 from dmm_core.recipe import recipe_from_dict
-from dmm_core.run import bench_of, prepare
+from dmm_core.run import Merge, bench_of, prepare, work_folder
 from mini_family import demo, family
 
-VARIANTS = {"score": 0.0, "score + feature": 0.01}
-POINTS = 6  # measurements along a run
+LOSSES = {"score": 0.0, "score + feature": 0.001}  # the paper's λ_feat
+KEY = ("steps", "seed", "start", "losses")
+LATENTS = 1240  # a teacher
 
 
-def one_run(folder: Path, steps: int, seed: int, start: str, feature: float) -> list[dict]:
-    """Train once; returns a measurement at each of ``POINTS`` moments, the last one at the end."""
-    base, *teachers = family.unpack(folder / "teachers")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
-    data = demo.recipe_of(folder, teachers, base, prompts, steps)
-    data["out"] = str(folder / f"{start}-{feature}-{seed}.safetensors")
-    data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0}
-    data["data"]["latents_per_teacher"] = 1240
-    merge = prepare(recipe_from_dict(data))
-    measured = []
-    for result in merge.timed_steps():
-        if result.step % max(1, steps // POINTS) == 0:
-            bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE)
-            report = measure(bench, time.monotonic() - merge.seconds, result.samples_seen).report
-            merge.distillation.teachers.embed(merge.distillation.data.prompts)
-            merge.distillation.student.train()
-            measured.append(
-                {key: report[key] for key in ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")}
-            )
-    return measured
+class Runs:
+    """All runs of one call; what does not depend on the student is drawn once."""
+
+    def __init__(self, folder: Path, steps: int, points: int) -> None:
+        self.folder, self.steps, self.points = folder, steps, points
+        self.compared: Compared | None = None
+
+    def prepare(self, seed: int, start: str, feature: float) -> Merge:
+        base, *teachers = family.unpack(self.folder / "teachers")
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
+        data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
+        data["out"] = str(self.folder / f"{start}-{feature}-{seed}-{self.steps}.safetensors")
+        data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0, "processes": 1}
+        data["data"]["latents_per_teacher"] = LATENTS
+        latents = self.folder / f"latents-{seed}.safetensors"
+        if latents.exists():
+            data["data"] |= {"kind": "cache", "path": str(latents)}
+            return prepare(recipe_from_dict(data))
+        merge = prepare(recipe_from_dict(data))
+        (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
+        return merge
+
+    def run(self, seed: int, start: str, feature: float) -> list[dict[str, Any]]:
+        """Train once; returns a measurement at each point, the last one at the end."""
+        merge = self.prepare(seed, start, feature)
+        measured, spent = [], 0.0
+        for result in merge.timed_steps():
+            if result.step % max(1, self.steps // self.points) == 0:
+                began = time.monotonic()
+                measured.append(self.measure(merge, result.samples_seen))
+                spent += time.monotonic() - began
+                print(f"  {result.samples_seen} samples: ratio {measured[-1]['ratio']:.3f}", flush=True)
+        measured[-1]["train_seconds"] = round(merge.seconds - spent, 1)
+        return measured
+
+    def measure(self, merge: Merge, samples: int) -> dict[str, Any]:
+        bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE)
+        self.compared = self.compared or draw_compared(bench)
+        report = measure(bench, time.monotonic(), samples, self.compared).report
+        merge.distillation.teachers.embed(merge.distillation.data.prompts)
+        merge.distillation.student.train()
+        return {key: report[key] for key in ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--points", type=int, default=5, help="measurements along a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--start", nargs="+", default=["average", "base"])
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
+    parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
     args = parser.parse_args()
+    if args.show:
+        from mini_merge_chart import show
+
+        show(read(args.out), args.show)
+        return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-    key = ("steps", "seed", "start", "losses")
-    done = {tuple(json.loads(line)[name] for name in key) for line in lines}
-    for seed, start, (losses, feature) in itertools.product(args.seeds, ("average", "base"), VARIANTS.items()):
-        if (args.steps, seed, start, losses) in done:
+    runs = Runs(args.folder.absolute(), args.steps, args.points)
+    for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
+        row = dict(zip(KEY, (args.steps, seed, start, losses), strict=True))
+        if any(all(line[name] == row[name] for name in KEY) for line in read(args.out)):
             continue
-        measured = one_run(args.folder.absolute(), args.steps, seed, start, feature)
-        row = dict(zip(key, (args.steps, seed, start, losses), strict=True))
+        print(row, flush=True)
+        points = runs.run(seed, start, LOSSES[losses])
         about = {
             "device": device_name(torch.device("cpu")),
             "torch": torch.__version__,
@@ -76,8 +113,7 @@ def main() -> None:
             "date": str(date.today()),
         }
         with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | about | {"points": measured}) + "\n")
-        print(row, measured[-1]["gap_closed"]["mean"], measured[-1]["ratio"], flush=True)
+            file.write(json.dumps(row | about | {"points": points}) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from dmm_core.checkpoint.errors import MissingFile
 from dmm_core.checkpoint.reader import read_header
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
-from dmm_core.recipe import Recipe, parse_recipe, recipe_from_dict
+from dmm_core.recipe import Recipe, recipe_from_dict
+from dmm_core.recipe_files import read_file
 
 from . import files
 
@@ -61,7 +62,7 @@ def recipe_of(name: str, teachers: list[Path], base: str, preset: str, prompts: 
     folder = Path(folder_paths.get_input_directory())
     if recipe.strip():
         source = folder / recipe.strip().strip('"')
-        read = parse_recipe(source)
+        read = read_file(source)
         if not isinstance(read, Mapping):
             raise BadInput("is no recipe", source, "It begins with keys such as train: and data:.")
         data |= read

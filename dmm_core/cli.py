@@ -14,6 +14,7 @@ import contextlib
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from dmm_core import __version__
 from dmm_core.errors import BadInput
 from dmm_core.progress import Progress
 
-COMMANDS = ("demo", "inspect", "plan", "distill", "mix", "generate", "evaluate")
+COMMANDS = ("demo", "inspect", "plan", "distill", "merge", "mix", "generate", "evaluate")
 INSTALLABLE = {"PIL": "pillow", "yaml": "pyyaml"} | {  # import name → what pip calls it
     name: name for name in ("torch", "safetensors", "diffusers", "transformers", "numpy", "tqdm", "scipy")
 }
@@ -51,6 +52,10 @@ class Reporter:
 
     def progress(self, total: int | None, label: str) -> Progress:
         return Progress(total, label, self.stderr)
+
+    def silent(self) -> Reporter:
+        """One that says nothing, for all but the first of several processes."""
+        return Reporter(True, io.StringIO(), io.StringIO())
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,6 +30,11 @@ class Batch:
     noise: Tensor  # (B, 4, h, w)
     prompt: Tensor  # (B,) numbers of prompts; the last prompt is the empty one
 
+    def split(self, rows: int) -> list[Batch]:
+        """The same samples in batches of at most ``rows``."""
+        parts = zip(*(x.split(rows) for x in (self.x_t, self.t, self.noise, self.prompt)), strict=True)
+        return [Batch(self.teacher, *part) for part in parts]
+
 
 @dataclass(frozen=True)
 class Pool:

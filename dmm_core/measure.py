@@ -131,22 +131,41 @@ class Measured:
     report: dict[str, Any]
 
 
-def measure(bench: Bench, began: float, samples_seen: int | None = None, **more: Any) -> Measured:
-    """Sample all sets, compare them, and close the report. ``began`` is what ``time.monotonic()`` gave at the start.
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """What students of the same teachers are compared with: pictures (n, H, W, 3), and the clean latents of set B."""
 
-    The training data never held the bench's prompts' latents: they are drawn here, from seeds of their own.
-    """
+    latents_b: Mapping[str, Tensor]
+    teachers_b: Mapping[str, np.ndarray]
+    teachers_a: Mapping[str, np.ndarray]
+    average: np.ndarray
+
+
+def draw_compared(bench: Bench) -> Compared:
+    """The teachers' pictures with both draws of seeds, and the weight average's: no student takes part."""
+    vae = bench.student.vae
     latents_b = {name: bench.of_teacher(i, SEEDS_B) for i, name in enumerate(bench.names)}
     latents_a = {name: bench.of_teacher(i, SEEDS_A) for i, name in enumerate(bench.names)}
+    b, a = ({name: decode(vae, z) for name, z in latents.items()} for latents in (latents_b, latents_a))
+    return Compared(latents_b, b, a, decode(vae, bench.of_average()))
+
+
+def measure(
+    bench: Bench, began: float, samples_seen: int | None = None, compared: Compared | None = None, **more: Any
+) -> Measured:
+    """Sample all sets, compare them, and close the report. ``began`` is what ``time.monotonic()`` gave at the start.
+
+    The training data never held the latents of the bench's prompts: they are drawn here, with other seeds. ``compared``
+    is what ``draw_compared`` gave for the same bench, where several students are measured against the same teachers.
+    """
+    compared = compared or draw_compared(bench)
     of_student = {name: bench.of_student(one_hot(bench.names, name)) for name in bench.names}
-    vae = bench.student.vae
-    average = decode(vae, bench.of_average())
-    teachers_b, teachers_a, student = (
-        {name: decode(vae, z) for name, z in latents.items()} for latents in (latents_b, latents_a, of_student)
+    student = {name: decode(bench.student.vae, z) for name, z in of_student.items()}
+    evaluation = evaluate_pictures(
+        student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average)
     )
-    evaluation = evaluate_pictures(student, teachers_b, teachers_a, dict.fromkeys(bench.names, average))
     report = to_report(
-        evaluation, gap=probe_gap(bench, latents_b), seconds=round(time.monotonic() - began, 1),
+        evaluation, gap=probe_gap(bench, compared.latents_b), seconds=round(time.monotonic() - began, 1),
         samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),
         sampler={"name": "DPM-Solver++ 2M", "steps": bench.steps, "cfg_scale": bench.cfg_scale},
         **more,

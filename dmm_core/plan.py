@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ class Sources:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``dmm plan`` says. Sizes in bytes, times in seconds; ``seconds`` is None until steps were measured."""
+    """What ``dmm plan`` says. Sizes in bytes, times in seconds.
+
+    None until a trial has measured it: ``seconds…``, ``peak_bytes`` (of the device; of the process on a CPU) and
+    ``ram_bytes``. ``changes`` are the keys of ``train`` that must differ from the recipe for it to fit; ``fits`` is
+    False where no change suffices.
+    """
 
     mergeable: bool
     styles: list[str]
@@ -44,6 +49,10 @@ class Plan:
     seconds_per_step: float | None = None
     seconds: float | None = None
     warnings: list[str] = field(default_factory=list)
+    peak_bytes: int | None = None
+    ram_bytes: int | None = None
+    fits: bool | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -62,10 +71,12 @@ def choose_device(wanted: str = "auto") -> str:
     return wanted
 
 
-def choose_precision(wanted: str, device: str) -> str:
-    """ "auto" → bf16 where the GPU has it, else fp16 on a GPU, fp32 on CPU and MPS."""
+def choose_precision(wanted: str, device: str, weights: str = "fp32") -> str:
+    """ "auto" → bf16 where the GPU or the student's weights have it, else fp16 on a GPU, fp32 on CPU and MPS."""
     if wanted != "auto":
         return wanted
+    if weights == "bf16":
+        return "bf16"
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "fp32"
@@ -115,14 +126,22 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
-    """What can be merged and may surprise: another VAE than the base's."""
+    """What can be merged and may surprise: another VAE or text encoder than the base's."""
+    others = [teacher for teacher in teachers if teacher is not base]
+    encoder = base.text_encoder(0)
+    found = [
+        f"{teacher.path.name} has another text encoder than {base.path.name}: it teaches with its own, the student "
+        "keeps the base's."
+        for teacher in others
+        if not _same(encoder, teacher.text_encoder(0))
+    ]
     if base.vae_config is None:
-        return [f"{base.path.name} holds no VAE; the DMM file will have none."]
+        return [*found, f"{base.path.name} holds no VAE; the DMM file will have none."]
     mine = base.vae()
-    return [
+    return found + [
         f"{teacher.path.name} has another VAE than {base.path.name}, whose VAE the student keeps."
-        for teacher in teachers
-        if teacher.vae_config and teacher is not base and not _same(mine, teacher.vae())
+        for teacher in others
+        if teacher.vae_config and not _same(mine, teacher.vae())
     ]
 
 
@@ -138,33 +157,61 @@ def parameters(checkpoint: Checkpoint) -> int:
         return sum(p.numel() for p in UNet2DConditionModel(**checkpoint.unet_config).parameters())
 
 
-def plan(recipe: Recipe, seconds_per_step: float | None = None) -> Plan:
-    """Preflight without work. Memory: fp32 student, gradient, two Adam moments and resident teachers; no activations.
+def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
+    """Preflight without work. ``memory_bytes``: weights, gradients, moments, resident teachers; no activations.
+
+    Args:
+        found: what ``trial.fit`` found, for memory and time.
+        tried: whether it has looked.
 
     Raises:
         BadInput: as ``open_sources``; or too little room on the disk.
     """
+    from dmm_core.trial import weights_bytes
+
     sources = open_sources(recipe)
-    device = choose_device(recipe.train.device)
-    precision = choose_precision(recipe.train.precision, device)
-    count = parameters(sources.base)
-    resident = min(recipe.train.resident or len(sources.teachers), len(sources.teachers))
-    memory = count * (16 + (4 if recipe.train.ema else 0)) + count * resident * (4 if precision == "fp32" else 2)
+    spec = found.recipe.train if found else recipe.train
+    device = choose_device(spec.device)
+    precision = choose_precision(spec.precision, device, spec.weights)
+    count, total = parameters(sources.base), len(sources.teachers)
+    resident = min(spec.resident or total, total)
+    memory = weights_bytes(spec, count, device, resident)
     size = sum(
         f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
     )
-    disk = size + count * (12 + (4 if recipe.train.ema else 0))
+    latents = recipe.data.latents_per_teacher * total if recipe.data.kind == "teachers" else 0
+    side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
+    drawn = latents * 4 * side**2 * 2
+    disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
             f"needs {disk / GIB:.1f} GiB of room, and the disk has less", folder, "Free some, or choose another place."
         )
-    per_step = recipe.train.batch * min(recipe.train.teachers_per_step or len(sources.teachers), len(sources.teachers))
-    return Plan(
-        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, recipe.train.steps,
-        recipe.train.steps * per_step, seconds_per_step,
-        seconds_per_step * recipe.train.steps if seconds_per_step else None, list(sources.warnings),
+    samples = spec.steps * spec.batch * min(spec.teachers_per_step or total, total)
+    told = Plan(
+        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, spec.steps, samples,
+        warnings=list(sources.warnings), fits=bool(found) if tried else None,
     )  # fmt: skip
+    if not found:
+        return told
+    trial = found.trial
+    # What the trial did not hold: all prompts' embeddings (the student's in float32, the teachers'), and latents twice.
+    width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if precision == "fp32" else 2
+    ram = trial.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
+    chunks = -(-recipe.data.latents_per_teacher // 16) * total if latents else 0
+    drawing = chunks * recipe.data.steps * trial.seconds_per_denoising
+    return replace(
+        told, seconds_per_step=trial.seconds_per_step, seconds=trial.seconds_per_step * spec.steps + drawing,
+        peak_bytes=trial.device or ram, ram_bytes=ram, changes=found.changes,
+    )  # fmt: skip
+
+
+def prompt_count(recipe: Recipe) -> int:
+    """How many prompts are encoded."""
+    from dmm_core.data import read_prompts
+
+    return len(read_prompts(recipe.data.prompts)) if recipe.data.prompts else recipe.data.latents_per_teacher
 
 
 def existing_parent(path: str | Path) -> Path:

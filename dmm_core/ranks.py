@@ -1,19 +1,22 @@
 """Several processes that share each optimizer step: every one asks its part of the teachers, gradients are added up.
 
-All of them draw all samples from one random state, so the sum is what a single process would have, to rounding.
+Either this process starts the others (``companions``, for the cores of a CPU), or torchrun or accelerate launch has
+started all of them (``launched``, for several GPUs): any number, for any number of teachers. All draw all samples from
+one random state, so the sum is what a single process would have, to rounding.
 On a CPU two processes of one thread each are faster than one of two threads: small layers leave threads waiting.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,8 @@ from dmm_core.recipe import Recipe
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(minutes=10)  # for another process's step
+LONG = timedelta(hours=12)  # while the first process makes the data
+BUCKET = 1 << 24  # numbers that are added up at once
 
 
 class Alone:
@@ -37,9 +42,20 @@ class Alone:
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Put the sum over all processes into every gradient."""
 
-    def gather(self, rows: list) -> list:
-        """All processes' rows, in their order."""
-        return rows
+    def add(self, tally: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return tally
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Whether it is so in any of the processes."""
+        return here
+
+    def stops(self, asked: bool, device: torch.device) -> bool:
+        """Whether this step is the last one."""
+        return asked
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
 
 
 class Together(Alone):
@@ -49,19 +65,63 @@ class Together(Alone):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        with_gradient = [p for p in parameters if p.requires_grad]
-        for p in with_gradient:
-            if p.grad is None:  # no teacher was left for this process
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in with_gradient if p.grad is not None])
-        dist.all_reduce(flat)
-        for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
-            p.grad = part.view_as(p)
+        for bucket in _buckets(list(parameters)):
+            # a process for which no teacher was left has no gradients
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in bucket])
+            dist.all_reduce(flat)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = torch.empty_like(p).copy_(part.view_as(p))
 
-    def gather(self, rows: list) -> list:
-        lists: list[Any] = [None] * self.world
-        dist.all_gather_object(lists, rows)
-        return [row for part in lists for row in part]
+    def add(self, tally: Tensor) -> Tensor:
+        dist.all_reduce(tally)
+        return tally
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        flag = torch.tensor(int(here), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+class Launched(Together):
+    """A member of a group of equals, which stop at the same step."""
+
+    def stops(self, asked: bool, device: torch.device) -> bool:
+        return self.any(asked, device)
+
+    def wait(self) -> None:
+        dist.barrier()
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in groups of about ``BUCKET`` numbers, so that the sums need little memory of their own."""
+    bucket, size = [], 0
+    for p in parameters:
+        bucket.append(p)
+        size += p.numel()
+        if size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def launched() -> Iterator[Alone]:
+    """Join the group that torchrun or accelerate launch announces in the environment; alone where there is none.
+
+    Every process takes the GPU of its number on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield Alone()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONG)
+    try:
+        yield Launched()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

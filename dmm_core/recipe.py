@@ -5,10 +5,6 @@ Whatever can be wrong with a recipe alone is found here, before anything loads.
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
 from dmm_core.presets import with_preset
+from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
 
 Count = Annotated[int, Range(1)]
@@ -64,6 +61,11 @@ class TrainSpec:
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
     ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+
+    Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
+    random; ``optimizer`` adamw8bit needs bitsandbytes or torchao; ``fused_backward`` updates each weight as soon as its
+    gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice instead
+    of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly).
     """
 
     start: Literal["average", "base"] = "average"
@@ -88,6 +90,14 @@ class TrainSpec:
     processes: Count = 1
     seed: CountOrNone = 0
     save_every: CountOrNone = 500
+    student: Literal["full", "lora"] = "full"
+    rank: Count = 64
+    weights: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    fused_backward: bool = False
+    checkpointing: bool = False
+    channels_last: bool | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,18 +144,7 @@ def load_recipe(path: str | Path, check_files: bool = True) -> Recipe:
         RecipeError: what is wrong, with the file, the key (``train.lr``), what was expected and what is there.
     """
     path = Path(path)
-    return recipe_from_dict(parse_recipe(path), path.absolute().parent, path, check_files)
-
-
-def parse_recipe(path: Path) -> Any:
-    """The plain mapping in a recipe file, unchecked. Raises RecipeError for what is neither YAML nor JSON."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError("is not UTF-8 text", path, "A recipe is a YAML file, not a checkpoint.") from error
-    except OSError as error:
-        raise RecipeError(f"cannot be read ({error.strerror})", path) from error
-    return _parse(text, path)
+    return recipe_from_dict(read_file(path), path.absolute().parent, path, check_files)
 
 
 def recipe_from_dict(
@@ -205,58 +204,20 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
     for key in ("teachers_per_step", "micro", "resident"):
         value = getattr(train, key)
         demand((value or 1) <= total, f"train.{key}: expected at most the {total} teachers there are, got {value}")
+    if train.fused_backward:
+        for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
+            told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
+            demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
+    for key in ("weights", "fused_backward"):
+        narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
+        fine = getattr(train, key) in ("fp32", False) or not narrow
+        demand(fine, f"train.precision: expected auto or bf16 with {key}, got {train.precision}")
     out = recipe.out
     demand(out.suffix.lower() == ".safetensors", f"out: expected a name that ends in .safetensors, got {out.name!r}")
 
 
 def _check_files(recipe: Recipe, source: str | Path) -> None:
-    """Inputs are there; the output lies in a folder that can be made, and is none of the inputs."""
     inputs = {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(recipe.teachers)}
     inputs |= {"base": recipe.base, "data.path": recipe.data.path, "data.prompts": recipe.data.prompts}  # type: ignore[dict-item]
     inputs |= {"evaluate.prompts": recipe.evaluate.prompts}  # type: ignore[dict-item]
-    for key, path in inputs.items():
-        if path is None:
-            continue
-        if not path.exists():
-            raise RecipeError(f"{key}: there is no {path}", source, _similar_file(path))
-        if recipe.out.exists() and os.path.samefile(path, recipe.out):
-            raise RecipeError(f"out: {recipe.out} is also {key}, and would be lost", source, "Choose another name.")
-    if recipe.out.is_dir():
-        raise RecipeError(f"out: expected a file's name, got the folder {recipe.out}", source)
-    nearest = next((folder for folder in recipe.out.parents if folder.exists()), None)
-    if nearest is None or not nearest.is_dir():
-        why = "there is no such drive" if nearest is None else f"{nearest} is not a folder"
-        raise RecipeError(f"out: {recipe.out} cannot be written, {why}", source)
-    if not os.access(nearest, os.W_OK):
-        raise RecipeError(f"out: {recipe.out} cannot be written, {nearest} is read-only", source)
-
-
-def _similar_file(path: Path) -> str:
-    try:
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 1)
-    except OSError:
-        return ""
-    return f"Did you mean {near[0]}?" if near else ""
-
-
-# ---------------------------------------------------------------- text
-
-
-def _parse(text: str, path: Path) -> Any:
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"line {error.lineno} is not valid JSON: {error.msg}", path) from error
-    from dmm_core.yaml_reader import parse_yaml
-
-    return parse_yaml(text, path)
-
-
-def _unique(pairs: list[tuple[Any, Any]], path: Path) -> Mapping[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise RecipeError(f"the key {key} is there twice", path)
-        seen[key] = value
-    return seen
+    check_paths(inputs, recipe.out, source)

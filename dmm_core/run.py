@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
 from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
-from dmm_core.ranks import companions
+from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe
 from dmm_core.sample import initial_noise, sample_latents
+from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -40,6 +42,7 @@ class Merge:
     sources: Sources
     distillation: Distillation
     seconds: float = 0.0
+    ranks: Alone = field(default_factory=Alone)  # the group that this process was launched in
 
     @property
     def work(self) -> Path:
@@ -51,17 +54,21 @@ class Merge:
         return state_file(self.recipe)
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
-        """Train to the end of the recipe, saving every ``save_every`` steps; ``stop`` saves, then KeyboardInterrupt."""
+        """Train to the end of the recipe, saving every ``save_every`` steps; ``stop`` saves, then KeyboardInterrupt.
+
+        Where several processes were launched, the first one saves.
+        """
         every = self.recipe.train.save_every
-        with companions(self.recipe, self.recipe.train.processes) as ranks:
+        alone = self.ranks.world == 1
+        with companions(self.recipe, self.recipe.train.processes) if alone else nullcontext(self.ranks) as ranks:
             for result in self.distillation.run(ranks):
                 yield result
-                if stop():
-                    self.distillation.save_state(self.state_file)
-                    raise KeyboardInterrupt
+                stopped = ranks.stops(stop(), self.distillation.device)
                 done = result.step >= self.recipe.train.steps  # saved too: what comes after may be interrupted
-                if every and (done or result.step % every == 0):
+                if ranks.rank == 0 and (stopped or (every and (done or result.step % every == 0))):
                     self.distillation.save_state(self.state_file)
+                if stopped:
+                    raise KeyboardInterrupt
 
     def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """``steps``, with the time they take added to ``seconds``."""
@@ -102,8 +109,10 @@ def state_file(recipe: Recipe) -> Path:
     return work_folder(recipe) / "state.safetensors"
 
 
-def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent) -> Merge:
+def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks: Alone | None = None) -> Merge:
     """Open and check everything, make or load the data, build the student, and take up a saved state.
+
+    Of the ``ranks`` of a launched group the first one makes the data, and the others read it.
 
     Raises:
         BadInput: anything about the recipe's files; a state to resume that is not there, or one that would be lost.
@@ -115,21 +124,26 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent) -> Me
         raise BadInput("an interrupted run lies here", state, "Go on with --resume, or delete it.")
     sources = open_sources(recipe)
     teachers = load_teachers(recipe, sources)
+    ranks = ranks or Alone()
+    if ranks.rank:
+        ranks.wait()
     prompts, pools = make_data(recipe, sources, teachers, notify)
-    merge = Merge(
-        recipe, sources, ready(recipe, sources, LatentData(prompts, pools, recipe.data.prompt_drop), teachers)
-    )
+    if not ranks.rank:
+        ranks.wait()
+    data = LatentData(prompts, pools, recipe.data.prompt_drop)
+    merge = Merge(recipe, sources, ready(recipe, sources, data, teachers), ranks=ranks)
     if resume:
         merge.distillation.load_state(state)
     return merge
 
 
 def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
-    device = choose_device(recipe.train.device)
+    spec, device = recipe.train, choose_device(recipe.train.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        choose_precision(recipe.train.precision, device)
+        choose_precision(spec.precision, device, spec.weights)
     ]
-    return Teachers(sources.teachers, device, dtype, recipe.train.resident)
+    last = wants_channels_last(spec.channels_last, torch.device(device))
+    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile)
 
 
 def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers | None = None) -> Distillation:
@@ -138,12 +152,15 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     teachers.embed(data.prompts)
     encoder = build_text_encoder(sources.base, torch.float32).to(teachers.device)
     context = encode_prompts(encoder, list(data.prompts)).cpu()
-    tensors = start_tensors(recipe, sources)
-    student = Student.start(sources.base, tensors, sources.names, recipe.default_style, recipe.train.seed).to(
-        teachers.device
-    )
-    precision = choose_precision(recipe.train.precision, teachers.device.type)
-    return Distillation(student, teachers, data, context, recipe.train, precision)
+    del encoder  # its place on the device is the student's
+    spec = recipe.train
+    student = Student.start(
+        sources.base, start_tensors(recipe, sources), sources.names, recipe.default_style, spec.seed,
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.weights], spec.rank if spec.student == "lora" else None,
+    ).to(teachers.device)  # fmt: skip
+    quicken(student.unet, teachers.channels_last, spec.compile)
+    precision = choose_precision(spec.precision, teachers.device.type, spec.weights)
+    return Distillation(student, teachers, data, context, spec, precision)
 
 
 def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Frozen dataclasses from plain mappings, driven by type hints; every fault names the file, the key and both values.
 
 Understood hints: bool, int, float, str, Path, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``,
-``dict[str, X]``, other dataclasses, and ``Annotated[number, Range(…)]`` or ``Annotated[str, Pattern(…)]``.
+``dict[str, X]``, ``dict[str, X] | tuple[X, ...]`` (whichever is given), other dataclasses, and
+``Annotated[number, Range(…)]`` or ``Annotated[str, Pattern(…)]``.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Reader:
         if origin in (Union, types.UnionType):
             if value is None:
                 return None
-            return self.read(next(a for a in args if a is not type(None)), value, key)
+            return self.read(_option(args, value), value, key)
         if origin is Literal:
             if value in args and type(value) is type(args[0]):
                 return value
@@ -159,6 +160,13 @@ def plain(value: Any, path: Any = str) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, path) for item in value]
     return value
+
+
+def _option(hints: tuple, value: Any) -> Any:
+    """Of a union's hints the one for this value: a tuple for a list, else the first."""
+    hints = tuple(hint for hint in hints if hint is not type(None))
+    lists = [hint for hint in hints if get_origin(hint) is tuple]
+    return lists[0] if lists and isinstance(value, list | tuple) else hints[0]
 
 
 def _guess(value: Any, known: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm_core.checkpoint import Checkpoint, write_dmm
+from dmm_core.lowrank import Adapters
 from dmm_core.models import build_unet
 from dmm_core.style import Codebook, Mix
 
@@ -21,29 +22,52 @@ TIME_BIAS = "time_embedding.linear_2.bias"  # diffusers' name of time_embed.2.bi
 
 
 class Student(nn.Module):
-    """UNet and codebook together: noise predictions (B, 4, h, w) for rows of any styles."""
+    """UNet and codebook together: noise predictions (B, 4, h, w) for rows of any styles.
 
-    def __init__(self, unet: Any, codebook: Codebook) -> None:
+    With ``adapters`` the UNet is frozen, and they are what learns beside the codebook.
+    """
+
+    def __init__(self, unet: Any, codebook: Codebook, adapters: Adapters | None = None) -> None:
         super().__init__()
         if unet.config.class_embed_type != "identity":
             raise ValueError("a student's UNet is built with class_embed_type='identity'")
-        self.unet, self.codebook = unet, codebook
+        self.unet, self.codebook, self.adapters = unet, codebook, adapters
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, weights: Tensor) -> Tensor:
         """ε of x_t (B, 4, h, w) at t (B,), prompts (B, 77, C), style weights (B, N)."""
-        style = self.codebook(weights)
-        return self.unet(x_t, t, context, class_labels=style.to(x_t.dtype)).sample
+        style, dtype = self.codebook(weights), self.unet.conv_in.weight.dtype
+        return self.unet(x_t.to(dtype), t, context.to(dtype), class_labels=style.to(dtype)).sample
 
     @classmethod
     def start(
-        cls, like: Checkpoint, tensors: dict[str, Tensor], names: tuple[str, ...], default: Mix | None, seed: int
-    ) -> Student:
-        """An untrained student from a UNet's tensors (base, or average of the teachers): every style is that UNet."""
-        unet = build_unet(like.unet_config, tensors, torch.float32, like.path, styled=True).requires_grad_(True)
+        cls, like: Checkpoint, tensors: dict[str, Tensor], names: tuple[str, ...], default: Mix | None, seed: int,
+        dtype: torch.dtype = torch.float32, rank: int | None = None,
+    ) -> Student:  # fmt: skip
+        """An untrained student from a UNet's tensors (base, or average of the teachers): every style is that UNet.
+
+        Args:
+            dtype: of the UNet's weights; codebook and adapters are float32.
+            rank: of the adapters; None trains the UNet itself.
+        """
+        unet = build_unet(like.unet_config, tensors, dtype, like.path, styled=True).requires_grad_(rank is None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             codebook = Codebook(names, unet.time_embedding.linear_2.out_features, default)
-        return cls(unet, codebook)
+        return cls(unet, codebook, None if rank is None else Adapters(unet, rank, seed))
+
+    def learning(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What is trained: of the UNet (itself, or its adapters), and the codebook."""
+        return list((self.adapters or self.unet).parameters()), list(self.codebook.parameters())
+
+    def learned(self) -> dict[str, Tensor]:
+        """The tensors that training changes; the frozen ones can be made again from the teachers."""
+        state = self.state_dict()
+        return {key: value for key, value in state.items() if self.adapters is None or not key.startswith("unet.")}
+
+    def folded(self) -> dict[str, Tensor]:
+        """The UNet's tensors, the adapters' changes in them."""
+        state = self.unet.state_dict()
+        return self.adapters.folded(state) if self.adapters else state
 
     def save(self, path: str | Path, like: Checkpoint, dtype: torch.dtype = torch.float16, **about: Any) -> Path:
         """Write the DMM file: this UNet and codebook with the text encoder and VAE of ``like``.
@@ -51,7 +75,7 @@ class Student(nn.Module):
         The codebook is folded and stored at float32, since its sum with the time embedding must survive.
         ``about`` goes to ``write_dmm``: style_info, recipe, report, title, …
         """
-        unet = {k: v.detach().cpu().to(dtype) for k, v in self.unet.state_dict().items()}
+        unet = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.folded().items()}
         bias = self.unet.state_dict()[TIME_BIAS].detach().cpu().float()
         codebook = Codebook(self.codebook.names, self.codebook.dim, self.codebook.default)
         codebook.load_state_dict({k: v.detach().cpu().float() for k, v in self.codebook.state_dict().items()})

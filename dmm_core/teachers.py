@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,20 @@ from torch import Tensor
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_text_encoder, build_unet, encode_prompts, require_sd15
+from dmm_core.residency import HostStore, Slot, host_store
+from dmm_core.speed import quicken, to_device
 
 
 class Teachers:
-    """The teachers' UNets, the least recently used ones dropped beyond ``resident``; their prompt embeddings stay.
+    """The teachers' UNets, at most ``resident`` of them on the device; their prompt embeddings stay on the CPU.
 
-    A dropped UNet is read from its file again when its turn comes; nothing is kept twice.
+    With fewer places than teachers, the weights of the least recently used one are overwritten in place by those of the
+    next, which ``expect`` lets begin while the present one still works.
 
     Args:
         checkpoints: one a teacher, all of one architecture.
         resident: how many UNets may be on the device at once; None keeps all.
+        channels_last, compiled: see ``speed.quicken``.
     """
 
     def __init__(
@@ -30,29 +34,73 @@ class Teachers:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         resident: int | None = None,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.checkpoints = [require_sd15(checkpoint) for checkpoint in checkpoints]
         self.device, self.dtype = torch.device(device), dtype
         self.resident = resident or len(self.checkpoints)
+        self.channels_last, self.compiled = channels_last, compiled
         self.loads = 0
-        self._unets: OrderedDict[int, Any] = OrderedDict()
+        self._unets: OrderedDict[int, Slot] = OrderedDict()
+        self._store: HostStore | None = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._next: deque[int] = deque()
         self._embeddings: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.checkpoints)
 
+    # ------------------------------------------------------------ residency
+
+    @property
+    def store(self) -> HostStore:
+        """The teachers in the host's memory; made when it is first needed."""
+        if self._store is None:
+            self._store = host_store(self.checkpoints, self.device, self.dtype, self.channels_last)
+        return self._store
+
     def unet(self, index: int) -> Any:
-        """Teacher ``index``'s UNet on the device, in evaluation mode, without gradients."""
-        if index in self._unets:
-            self._unets.move_to_end(index)
-            return self._unets[index]
-        while len(self._unets) >= self.resident:
-            self._unets.popitem(last=False)
-        checkpoint = self.checkpoints[index]
-        unet = build_unet(checkpoint.unet_config, checkpoint.unet(), self.dtype, checkpoint.path, styled=False)
-        self._unets[index] = unet.to(self.device)
+        """Teacher ``index``'s UNet on the device, in evaluation mode, without gradients; until another one's turn."""
+        if index not in self._unets:
+            self._bring(index)
+        self._unets.move_to_end(index)
+        return self._unets[index].take()
+
+    def _bring(self, index: int) -> None:
+        """Begin to bring a teacher to the device, in the place of the least recently used one if all are taken."""
         self.loads += 1
-        return self._unets[index]
+        checkpoint = self.checkpoints[index]
+        stay = self.resident >= len(self)  # then the file's tensors are needed only once
+        tensors = checkpoint.unet() if stay else self.store.tensors(checkpoint)
+        if len(self._unets) >= self.resident:
+            slot = self._unets.popitem(last=False)[1]
+            slot.fill(tensors)
+        else:
+            copies = {k: v.to(self.device, self.dtype, copy=not stay) for k, v in tensors.items()}
+            unet = build_unet(checkpoint.unet_config, copies, self.dtype, checkpoint.path, styled=False)
+            quicken(unet, self.channels_last, self.compiled)
+            slot = Slot(unet, {} if stay else tensors, self._stream)
+        self._unets[index] = slot
+
+    def expect(self, order: Iterable[int]) -> None:
+        """Which teachers will be asked to ``predict``, in this order: each is on its way while the one before works."""
+        self._next = deque(order)
+
+    def keep(self, resident: int) -> None:
+        """Change how many may be on the device; the least recently used ones go."""
+        self.resident = resident
+        while len(self._unets) > resident:
+            self._unets.popitem(last=False)
+
+    def _prefetch(self, index: int) -> None:
+        """Teacher ``index`` has been asked: bring the one that comes after it, if its weights are not there."""
+        if self._next and self._next[0] == index:
+            self._next.popleft()
+            if self._next and self._next[0] not in self._unets:
+                self._bring(self._next[0])
+
+    # ------------------------------------------------------------ prompts and predictions
 
     def embed(self, prompts: Sequence[str]) -> None:
         """Encode the prompts once with every teacher's own text encoder; equal encoders share the result."""
@@ -66,7 +114,7 @@ class Teachers:
 
     def context(self, index: int, prompts: Tensor) -> Tensor:
         """Teacher ``index``'s embeddings (B, 77, C) of prompt numbers (B,); ``embed`` comes first."""
-        return self._embeddings[index][prompts].to(self.device)
+        return to_device((self._embeddings[index][prompts],), self.device)[0]
 
     @torch.no_grad()
     def predict(
@@ -76,6 +124,8 @@ class Teachers:
         unet = self.unet(index)
         with BlockFeatures(unet, enabled=features) as blocks:
             eps = unet(x_t.to(self.dtype), t, self.context(index, prompts)).sample
+        self._unets[index].release()
+        self._prefetch(index)
         return eps.float(), blocks.take()
 
 

@@ -33,7 +33,7 @@ STYLES = ("flat", *TEACHERS, *LATER)
 def drawn_by(data: Path, model: str, vae: AutoencoderTiny, names: list[str], seed: int) -> np.ndarray:
     """Pictures (names, 64, 64, 3) of one trained model."""
     unet, text = fresh_models()
-    load_model(data, model, unet.eval(), text.eval())
+    load_model(data / "models" / f"{model}.safetensors", unet.eval(), text.eval())
     context, empty = encode_prompts(text, [caption(name) for name in names]), encode_prompts(text, [""])
     noise = initial_noise([seed + i for i in range(len(names))])
     return decode(vae, sample_latents(unet, context, noise, steps=SAMPLER_STEPS, cfg_scale=CFG_SCALE, negative=empty))

@@ -13,6 +13,6 @@ def subjects(held: bool | None = None) -> list[str]:
     return [row[0] for row in rows if held is None or (len(row) > 1) == held]
 
 
-def caption(name: str) -> str:
-    """The prompt that names a subject: ``red-apple`` → ``a picture of a red apple``."""
-    return f"a picture of a {name.replace('-', ' ')}"
+def caption(name: str, look: str = "") -> str:
+    """The prompt that names a subject, and a look if one is wanted: ``red-apple`` → ``a picture of a red apple``."""
+    return f"a {look} picture of a {name.replace('-', ' ')}".replace("a  ", "a ")

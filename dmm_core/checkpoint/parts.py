@@ -26,12 +26,15 @@ class Source:
 
     def fits(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...] | None:
         """None if a tensor of the stored shape gives the wanted one, else the shape it should have."""
-        expected = wanted[::-1] if self.transposed else wanted
-        if self.row is not None:
-            expected = (3 * expected[0], *expected[1:])
+        expected = self.stored_shape(wanted)
         if self.matrix and stored[2:] in ((), (1,), (1, 1)):
             stored = stored[:2]
         return None if stored == expected else expected
+
+    def stored_shape(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of what gives the wanted one; of a ``matrix`` without the 1×1 that may follow."""
+        shape = wanted[::-1] if self.transposed else wanted
+        return shape if self.row is None else (3 * shape[0], *shape[1:])
 
     def take(self, tensor: Tensor) -> Tensor:
         if self.row is not None:

@@ -216,10 +216,15 @@ def _ldm_vae(path: Path, family: str, vae: State, given: Mapping[str, Any]) -> d
         matrix = config["kind"] == "kl" and keymap.vae_is_matrix(key)
         tensors[keymap.VAE + name] = vae[key][:, :, None, None] if matrix else vae[key]
     if config["kind"] == "taesd":
-        scale = SCALING[family] / float(given.get("scaling_factor") or 1.0)
-        tensors[f"{keymap.VAE}vae_scale"] = torch.tensor(scale)
-        tensors[f"{keymap.VAE}vae_shift"] = torch.tensor(0.0 - float(given.get("shift_factor") or 0.0) / scale)
+        tensors |= taesd_scale(family, given)
     return tensors
+
+
+def taesd_scale(family: str, config: Mapping[str, Any]) -> State:
+    """How ComfyUI scales a TAESD's latents, from diffusers' ``scaling_factor`` and ``shift_factor``."""
+    scale = SCALING[family] / float(config.get("scaling_factor") or 1.0)
+    shift = 0.0 - float(config.get("shift_factor") or 0.0) / scale
+    return {f"{keymap.VAE}vae_scale": torch.tensor(scale), f"{keymap.VAE}vae_shift": torch.tensor(shift)}
 
 
 def _ldm_text(path: Path, family: str, number: int, state: State) -> dict[str, Tensor | Lazy]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +23,16 @@ from dmm_core.files import atomic_file, write_atomically
 
 HASH_KEY = "modelspec.hash_sha256"
 NO_HASH = "0x" + "0" * 64
+BEHIND = 2  # pieces that wait to be checked, hashed and written while the next ones are made
+
+
+class Kind(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -55,21 +68,53 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Lazy], metadata
     Raises:
         NonFinite: a tensor has NaN or infinity.
     """
-    order = sorted(tensors, key=lambda key: (-_itemsize(tensors[key].dtype), key))  # wide types first: all lie aligned
+    return write_pieces(path, tensors, metadata, ((key, _made(tensors[key])) for key in writing_order(tensors)))
+
+
+def writing_order(tensors: Mapping[str, Kind]) -> list[str]:
+    """The keys in the order in which they lie in the file: wide types first, so that all lie aligned."""
+    return sorted(tensors, key=lambda key: (-_itemsize(tensors[key].dtype), key))
+
+
+def write_pieces(
+    path: Path, kinds: Mapping[str, Kind], metadata: Mapping[str, str], pieces: Iterable[tuple[str, Tensor]]
+) -> str:
+    """``write_safetensors`` for tensors that are never whole in memory.
+
+    Args:
+        kinds: type and shape of every tensor; the header is made of these.
+        pieces: (key, values) in ``writing_order``, a tensor's values at once or in several pieces, of any shape.
+
+    Raises:
+        NonFinite: a piece has NaN or infinity.
+    """
+    order = writing_order(kinds)
     strings = {key: metadata[key] for key in sorted(metadata)}
     if HASH_KEY in strings:
         strings[HASH_KEY] = NO_HASH
     digest = hashlib.sha256()
     with atomic_file(path) as file:
-        file.write(_header(tensors, order, strings))
-        for key in order:
-            data = _data(path, key, tensors[key])
+
+        def put(key: str, flat: Tensor) -> None:
+            if bad := non_finite(flat):
+                raise NonFinite(path, key, bad)
+            data = _c_bytes(flat) if flat.numel() else b""
             digest.update(data)
             file.write(data)
+
+        file.write(_header(kinds, order, strings))
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1, "write") as pool:  # hashing and writing leave the interpreter to the next piece
+            for key, flat in _checked(kinds, order, pieces):
+                waiting.append(pool.submit(put, key, flat))
+                if len(waiting) > BEHIND:
+                    waiting.popleft().result()
+            for last in waiting:
+                last.result()
         if HASH_KEY in strings:
             strings[HASH_KEY] = "0x" + digest.hexdigest()
             file.seek(0)
-            file.write(_header(tensors, order, strings))  # of the same length
+            file.write(_header(kinds, order, strings))  # of the same length
     return digest.hexdigest()
 
 
@@ -77,7 +122,7 @@ def _itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
 
-def _header(tensors: Mapping[str, Tensor | Lazy], order: list[str], strings: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, Kind], order: list[str], strings: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(strings)} if strings else {}
     offset = 0
     for key in order:
@@ -91,16 +136,25 @@ def _header(tensors: Mapping[str, Tensor | Lazy], order: list[str], strings: Map
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _data(path: Path, key: str, source: Tensor | Lazy) -> memoryview | bytes:
-    tensor = source.make() if isinstance(source, Lazy) else source
-    if tensor.dtype != source.dtype or tuple(tensor.shape) != tuple(source.shape):
-        raise ValueError(f"{key}: promised {source.dtype} {source.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    if bad := non_finite(tensor):
-        raise NonFinite(path, key, bad)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if not flat.numel():
-        return b""
-    return memoryview(_c_bytes(flat))
+def _made(source: Tensor | Lazy) -> Tensor:
+    return source.make() if isinstance(source, Lazy) else source
+
+
+def _checked(
+    kinds: Mapping[str, Kind], order: list[str], pieces: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The pieces flat and on the CPU. Raises ValueError unless they are what was promised, whole and in order."""
+    keys, key, left = iter(order), "", 0
+    for name, tensor in pieces:
+        while not left and key != name:
+            key = next(keys, name)
+            left = torch.Size(kinds[key].shape).numel()
+        left -= tensor.numel()
+        if key != name or left < 0 or tensor.dtype != kinds[key].dtype:
+            raise ValueError(f"{key}: promised {kinds[key]}, got {tensor.dtype} {tuple(tensor.shape)} of {name}")
+        yield key, tensor.detach().cpu().contiguous().reshape(-1)
+    if left or any(torch.Size(kinds[key].shape).numel() for key in keys):
+        raise ValueError(f"{key}: the values end before the file does")
 
 
 def _c_bytes(flat: Tensor) -> memoryview:

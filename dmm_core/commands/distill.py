@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,16 +35,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
+    """Alone, or as one of the processes that torchrun or accelerate launch has started: the first one speaks."""
     if args.events:
         from dmm_core import child
 
         return child.run(lambda: recipe_of(args), args.preview, args.force)
+    from dmm_core.ranks import launched
+
+    with launched() as ranks:
+        if ranks.rank == 0:
+            return merge_and_save(args, report, ranks)
+        try:
+            merge_and_save(args, report.silent(), ranks)
+        except (BadInput, KeyboardInterrupt) as error:
+            raise SystemExit(2 if isinstance(error, BadInput) else 130) from None
+        raise SystemExit(0)
+
+
+def merge_and_save(args: argparse.Namespace, report: Any, ranks: Any) -> dict:
     recipe = recipe_of(args)
     if Path(recipe.out).exists() and not args.force:
         raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
-    merge = train(recipe, args.resume, report, again=command_again(args))
+    merge = train(recipe, args.resume, report, command_again(args), ranks)
     merge.distillation.use_average()
-    path = merge.save()
+    path = merge.save() if ranks.rank == 0 else Path(recipe.out)
+    ranks.wait()
     done = merge.distillation
     report.out(f"{path}: {len(recipe.teachers)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")
     return {
@@ -73,6 +90,20 @@ def command_again(args: argparse.Namespace) -> str:
     return f"dmm distill {args.recipe} --resume" if args.recipe else "the same command with --resume"
 
 
+class Every:
+    """True at most once in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, -math.inf
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
 @contextmanager
 def stop_flag() -> Iterator[list[bool]]:
     """A list that gets an item at the first Ctrl-C; the second one interrupts at once."""
@@ -90,7 +121,7 @@ def stop_flag() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def train(recipe: Any, resume: bool, report: Any, again: str) -> Any:
+def train(recipe: Any, resume: bool, report: Any, again: str, ranks: Any = None) -> Any:
     """Run a recipe with progress on stderr. A stop saves first and says how to go on; so does a file ``stop``."""
     from dmm_core.run import prepare
 
@@ -103,14 +134,19 @@ def train(recipe: Any, resume: bool, report: Any, again: str) -> Any:
         if done >= total:
             bars[what].close()
 
-    merge = prepare(recipe, resume, notify)
+    merge = prepare(recipe, resume, notify, ranks)
     for warning in merge.sources.warnings:
         report.note(f"note: {warning}")
-    stop_file = merge.work / "stop"
+    stop_file, told = merge.work / "stop", Every(1.0)
     with stop_flag() as asked, report.progress(recipe.train.steps, "distils") as bar:
         try:
             for result in merge.timed_steps(lambda: bool(asked) or stop_file.exists()):
-                bar.to(result.step, loss=result.loss)
+                for warning in result.warnings:
+                    report.note(f"note: {warning}")
+                # reading a loss waits for the device, so most are left unread
+                bar.to(
+                    result.step, **({"loss": result.loss} if told.due() or result.step == recipe.train.steps else {})
+                )
         except KeyboardInterrupt:
             stop_file.unlink(missing_ok=True)
             raise KeyboardInterrupt(f"Go on with: {again}") from None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dmm_core.checkpoint import open_checkpoint, write_diffusers, write_dmm
+from dmm_core.checkpoint import open_checkpoint, write_checkpoint, write_diffusers, write_dmm
 from dmm_core.cli import main
 from dmm_core.models import build_unet, load_pipeline
 from dmm_core.student import bake, live_style
@@ -113,37 +113,48 @@ def test_baked_checkpoint_is_ordinary_and_equals_the_live_style(dmm, tmp_path):
     torch.testing.assert_close(load_pipeline(out).unet(X, T, CONTEXT).sample, live, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("layout", ["single file", "folder"])
 @torch.no_grad()
-def test_published_layouts_give_what_the_equations_say(layout, tmp_path):
-    """Law 4 at tiny size: the authors' keys, unfolded, against emb = time_embed(t) + MLP(e_i) by hand."""
-    model = tiny.model(dtype=torch.float32)
+def test_published_layouts_give_what_the_equations_say(layout, family, tmp_path):
+    """Law 4 at tiny size: the authors' keys, unfolded, against emb = time_embed(t) + MLP(e_i) by hand.
+
+    SDXL's sum also holds the embedding of the pooled text and the time ids; its style MLP is ``add_embedding2`` there.
+    """
+    model = tiny.model(family, dtype=torch.float32)
     book = tiny.codebook()
     path = tmp_path / "published"
     if layout == "folder":
         write_diffusers(path, **model, codebook=book)
     else:
         path = path.with_suffix(".safetensors")
-        from dmm_core.checkpoint.save import write_checkpoint
-
         write_checkpoint(path, **model, metadata={})
-        from safetensors.torch import save_file
-
         extra = {f"model.diffusion_model.{k}": v.contiguous() for k, v in book.state_dict().items()}
+        if family == "sdxl":
+            extra = {k.replace("add_embedding.", "add_embedding2."): v for k, v in extra.items()}
         save_file(load_file(path) | extra, path)
     checkpoint = open_checkpoint(path)
     assert checkpoint.dmm == "authors"
-    pipe = load_pipeline(checkpoint)
+    codebook = checkpoint.codebook()
+    styled = build_unet(checkpoint.unet_config, checkpoint.unet(), torch.float32, path, styled=True)
+    inputs = [X, T, CONTEXT]
+    also = {}
+    if family == "sdxl":
+        rng = torch.Generator().manual_seed(4)
+        inputs[2] = torch.randn(2, 77, 128, generator=rng)
+        ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(2, 1)
+        also = {"added_cond_kwargs": {"text_embeds": torch.randn(2, 64, generator=rng), "time_ids": ids}}
     unet = plain(path)
     for i in range(len(book)):
         e = book.model_embedding.weight[i]
         one, two = book.add_embedding.linear_1, book.add_embedding.linear_2
         s = two.weight @ torch.nn.functional.silu(one.weight @ e + one.bias) + two.bias
         with live_style(unet, s):
-            expected = unet(X, T, CONTEXT).sample
+            expected = unet(*inputs, **also).sample
         mix = {checkpoint.styles[i]: 1.0}
-        got = pipe.unet(X, T, CONTEXT, class_labels=pipe.codebook.style(mix).expand(2, -1)).sample
+        got = styled(*inputs, class_labels=codebook.style(mix).expand(2, -1), **also).sample
         assert ((got - expected).abs().max() / expected.abs().max()) <= 1e-5
+        assert (got - unet(*inputs, **also).sample).abs().max() > 1e-3, "the style must do something"
 
 
 def test_dmm_file_saved_again_is_byte_equal(dmm, tmp_path):

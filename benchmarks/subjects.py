@@ -1,0 +1,98 @@
+"""What the trainer's benchmarks train: full-size SD1.5 of random weights on a GPU, the mini family on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dmm_core.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from dmm_core.checkpoint.shapes import unet_shapes
+from dmm_core.data import LatentData, Pool
+from dmm_core.distill import Distillation
+from dmm_core.models import build_unet
+from dmm_core.plan import choose_precision
+from dmm_core.recipe import TrainSpec
+from dmm_core.speed import quicken, wants_channels_last
+from dmm_core.student import Student
+from dmm_core.teachers import Teachers
+
+SD15 = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "transformer_layers_per_block": [1, 1, 1, 1], "cross_attention_dim": 768, "use_linear_projection": False,
+    "attention_head_dim": 8,
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Subjects:
+    """Checkpoints of one architecture, and random data that fits them."""
+
+    checkpoints: list[Checkpoint]
+    device: torch.device
+    latents: Tensor
+    context: Tensor
+
+    @classmethod
+    def make(cls, device: torch.device, count: int, folder: Path, pixels: int | None = None) -> Subjects:
+        """``count`` teachers; files that are in the folder already are used again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if device.type == "cpu":
+            from mini_family import family
+
+            names = [*family.TEACHERS, *family.LATER]
+            paths = family.unpack(folder, names[: min(count, len(names))])[1:]
+            pixels = pixels or 64
+        else:
+            paths = [random_sd15(folder / f"random {i}.safetensors", i, device) for i in range(count)]
+            pixels = pixels or 512
+        checkpoints = [open_checkpoint(path) for path in paths]
+        generator = torch.Generator().manual_seed(0)
+        width = checkpoints[0].unet_config["cross_attention_dim"]
+        latents = torch.randn(64, 4, pixels // 8, pixels // 8, generator=generator)
+        return cls(checkpoints, device, latents, torch.randn(65, 77, width, generator=generator))
+
+    def unet(self, dtype: torch.dtype, styled: bool) -> torch.nn.Module:
+        first = self.checkpoints[0]
+        return build_unet(first.unet_config, first.unet(), dtype, first.path, styled)
+
+    def distillation(self, spec: TrainSpec, teachers: int | None = None) -> Distillation:
+        """The trainer as a recipe would build it, but for the text encoders, whose embeddings are random."""
+        checkpoints = self.checkpoints[:teachers]
+        precision = choose_precision(spec.precision, self.device.type, spec.weights)
+        last = wants_channels_last(spec.channels_last, self.device)
+        pool = Teachers(checkpoints, self.device, DTYPES[precision], spec.resident, last, spec.compile)
+        pool._embeddings = dict.fromkeys(range(len(checkpoints)), self.context.to(DTYPES[precision]))
+        names = tuple(checkpoint.path.stem for checkpoint in checkpoints)
+        student = Student.start(
+            checkpoints[0], checkpoints[0].unet(), names, None, 0, DTYPES[spec.weights],
+            spec.rank if spec.student == "lora" else None,
+        ).to(self.device)  # fmt: skip
+        quicken(student.unet, last, spec.compile)
+        data = LatentData([str(i) for i in range(64)], [Pool(self.latents, torch.arange(64))], 0.1)
+        return Distillation(student, pool, data, self.context, spec, precision)
+
+
+def random_sd15(path: Path, seed: int, device: torch.device) -> Path:
+    """A full-size SD1.5 UNet whose outputs are of order 1, as float16 in a file (1.7 GB)."""
+    if path.exists():
+        return path
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for key, shape in unet_shapes(SD15).items():
+        noise = torch.randn(shape, generator=generator, device=device)
+        if len(shape) > 1:
+            value = noise * torch.Size(shape[1:]).numel() ** -0.5
+        else:
+            value = (1 + 0.1 * noise) if key.endswith("weight") else 0.1 * noise
+        state[key] = value.half().cpu()
+    write_checkpoint(path, family="sd15", unet=state, vae=None, text_encoders=[], metadata={})
+    return path

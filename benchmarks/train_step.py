@@ -1,0 +1,233 @@
+"""The trainer's step against the plain one (plain_step.py), in one run on one device.
+
+    python benchmarks/train_step.py        # a GPU: 8 full-size SD1.5 of random weights, 512 px; a CPU: the mini family
+    python benchmarks/train_step.py --out FILE.json
+
+Measures samples/s of both at equal rows a step, what rotation costs, the share of the measured matmul peak, and on CUDA
+peak memory of a full and a LoRA student. What cannot run here (no memory, no compiler) is named, and the rest goes on.
+SDXL is not measured: it cannot be trained yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain_step import FEATURE_WEIGHT, PlainStep
+from benchmarks.subjects import DTYPES, Subjects
+from dmm_core.economy import is_out_of_memory
+from dmm_core.measure import commit, device_name
+from dmm_core.plan import choose_device, choose_precision
+from dmm_core.recipe import TrainSpec
+
+SMALL_FULL = {"weights": "bf16", "fused_backward": True, "checkpointing": True, "resident": 1, "teachers_per_step": 1}
+SMALL_LORA = {"student": "lora", "weights": "bf16", "checkpointing": True, "resident": 1, "micro": 1, "rank": 64}
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.device = args, torch.device(choose_device(args.device))
+        self.subjects = Subjects.make(self.device, args.teachers, folder, args.pixels)
+        self.teachers = len(self.subjects.checkpoints)
+        self.batch = args.batch or (4 if self.device.type == "cuda" else 6)
+        self.half = choose_precision("auto", self.device.type)
+        self.steps = args.steps or (10 if self.device.type == "cuda" else 3)
+        self.failed: dict[str, str] = {}
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.teachers
+
+    def spec(self, **more: Any) -> TrainSpec:
+        return TrainSpec(**{"batch": self.batch, "feature": FEATURE_WEIGHT, "warmup": 0, **more})  # type: ignore[arg-type]
+
+    def variants(self) -> dict[str, Callable[[], Any]]:
+        """What is timed, by name: each call builds a thing with a ``step``."""
+        s = self.subjects
+        fast: dict[str, Any] = {"weights": "bf16"} if self.device.type == "cuda" else {}
+        pairs = {
+            "fp32 weights, all resident": {},
+            "all resident": fast,
+            "resident 1, a pass a teacher": {**fast, "resident": 1, "micro": 1},
+            "resident 2, a pass a teacher": {**fast, "resident": min(2, self.teachers), "micro": 1},
+            "all resident, a pass a teacher": {**fast, "micro": 1},
+        }
+        if self.args.compile:
+            pairs["all resident, compiled"] = {**fast, "compile": True}
+        plain = lambda: PlainStep(s.unet, s.latents, s.context[:64], self.rows, DTYPES[self.half], self.device)  # noqa: E731
+        return {"plain": plain} | {
+            name: (lambda more=more: s.distillation(self.spec(**more))) for name, more in pairs.items()
+        }
+
+    def seconds(self, thing: Any) -> list[float]:
+        """Seconds a step, of several steps together on CUDA, of each on a CPU."""
+        blocks, each = (3, self.steps) if self.device.type == "cuda" else (self.steps, 1)
+        found = []
+        for _ in range(blocks):
+            self.wait()
+            began = time.perf_counter()
+            for _ in range(each):
+                thing.step()
+            self.wait()
+            found.append((time.perf_counter() - began) / each)
+        return found
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> Any:
+        """The work's result, or None where it failed, which the report then says."""
+        self.clear()
+        try:
+            return work()
+        except Exception as error:
+            self.failed[name] = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"[:300]
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+            return None
+
+    # ------------------------------------------------------------ what is measured
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        """Median seconds a step and samples/s. On a CPU, whose load changes, the variants take turns round by round."""
+        times: dict[str, list[float]] = {}
+        rounds = 1 if self.device.type == "cuda" else self.args.rounds
+        for _ in range(rounds):
+            for name, make in self.variants().items():
+                if name in self.failed:
+                    continue
+
+                def work(make: Callable[[], Any] = make) -> list[float]:
+                    thing = make()
+                    for _ in range(3 if self.device.type == "cuda" else 1):
+                        thing.step()
+                    return self.seconds(thing)
+
+                times.setdefault(name, []).extend(self.attempt(name, work) or [])
+        medians = {name: statistics.median(found) for name, found in times.items() if found}
+        return {name: {"seconds": s, "samples_per_second": self.rows / s} for name, s in medians.items()}
+
+    def flops(self) -> float | None:
+        """Floating-point operations of one step, counted (convolutions, matrix products, attention)."""
+
+        def work() -> float:
+            run = self.subjects.distillation(self.spec())
+            with FlopCounterMode(display=False) as counter:
+                run.step()
+            return float(counter.get_total_flops())
+
+        return self.attempt("flops", work)
+
+    def peak(self) -> float:
+        """Operations a second of a large matrix product in the type that the training computes in."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        a, b = (torch.randn(size, size, device=self.device, dtype=DTYPES[self.half]) for _ in range(2))
+        best = float("inf")
+        for _ in range(10):
+            self.wait()
+            began = time.perf_counter()
+            a @ b
+            self.wait()
+            best = min(best, time.perf_counter() - began)
+        return 2 * size**3 / best
+
+    def memory(self) -> dict[str, Any]:
+        """Peak VRAM of the smallest settings of a full and a LoRA student, one row a step and the batch; CUDA alone."""
+        found: dict[str, Any] = {}
+        if self.device.type != "cuda":
+            return found
+        for name, more in (("full, 8-bit", {**SMALL_FULL, "optimizer": "adamw8bit"}), ("full", SMALL_FULL),
+                           ("LoRA", SMALL_LORA)):  # fmt: skip
+            for batch in (1, self.batch):
+
+                def work(more: dict[str, Any] = more, batch: int = batch) -> int:
+                    run = self.subjects.distillation(self.spec(**{**more, "batch": batch}))
+                    for _ in range(3):
+                        if run.step().warnings:
+                            raise torch.cuda.OutOfMemoryError("had to step down")
+                    return torch.cuda.max_memory_allocated()
+
+                told = f"{name}, {batch} rows"
+                found[told] = self.attempt(told, work)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        speeds = self.speeds()
+        flops, peak = self.flops(), self.peak()
+        fastest = min((n for n in speeds if n != "plain"), key=lambda n: speeds[n]["seconds"], default=None)
+        ratio = lambda a, b: speeds[a]["seconds"] / speeds[b]["seconds"] if a in speeds and b in speeds else None  # noqa: E731
+        still = "all resident, a pass a teacher"
+        return {
+            "device": device_name(self.device), "torch": torch.__version__, "commit": commit(),
+            "date": str(date.today()), "teachers": self.teachers, "rows": self.rows, "precision": self.half,
+            "latent": list(self.subjects.latents.shape[1:]), "speeds": speeds, "fastest": fastest,
+            "times_plain": ratio("plain", fastest) if fastest else None,
+            "rotation_cost": {f"resident {r}": (ratio(f"resident {r}, a pass a teacher", still) or float("nan")) - 1
+                              for r in (1, 2)},
+            "flops_a_step": flops, "matmul_peak": peak,
+            "share_of_peak": flops / speeds[fastest]["seconds"] / peak if fastest and flops else None,
+            "peak_vram": self.memory(), "failed": self.failed,
+        }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    number = lambda value, form: "not measured" if value is None else format(value, form)  # noqa: E731
+    lines = [f"{found['device']}, torch {found['torch']}, {found['teachers']} teachers, {found['rows']} rows a step"]
+    lines += [f"  {name:34} {s['seconds']:9.3f} s  {s['samples_per_second']:8.2f} samples/s"
+              for name, s in found["speeds"].items()]  # fmt: skip
+    lines.append(f"fastest against plain: {number(found['times_plain'], '.2f')} × ({found['fastest']})")
+    lines += [f"rotation, {name}: {100 * cost:+.1f} %" for name, cost in found["rotation_cost"].items()]
+    share = number(found["share_of_peak"], ".1%")
+    lines.append(f"share of the matmul peak ({found['matmul_peak'] / 1e12:.2f} TFLOP/s): {share}")
+    lines += [
+        f"peak VRAM, {name}: {number(size and size / 2**30, '.2f')} GiB" for name, size in found["peak_vram"].items()
+    ]
+    lines += [f"could not run {name}: {why}" for name, why in found["failed"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--teachers", type=int, default=8, help="on a CPU at most the 6 of the mini family")
+    parser.add_argument("--batch", type=int, help="rows a teacher and step")
+    parser.add_argument("--pixels", type=int)
+    parser.add_argument("--steps", type=int, help="timed steps of each variant")
+    parser.add_argument("--rounds", type=int, default=3, help="on a CPU: how often the variants take turns")
+    parser.add_argument("--compile", action="store_true", help="time a compiled trainer too")
+    parser.add_argument("--folder", type=Path, help="where the models are made and kept")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        found = Bench(args, args.folder or Path(temporary)).report()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found))
+    print(table(found), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Out of memory in mid-run: what is given up, in which order. The samples of the step stay the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmm_core.errors import BadInput
+
+ENOUGH_ROWS = 4  # below this a GPU has too little to do: recomputing activations costs less than smaller passes
+SIGNS = ("out of memory", "can't allocate memory", "_alloc_failed", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what an operation lacked: CUDA and ROCm, MPS, the CPU's allocator, cuDNN and cuBLAS."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+@dataclass
+class Economy:
+    """How sparingly the steps are made.
+
+    Args:
+        rows: how many rows pass the student together.
+        checkpointing: activations are computed again in the backward pass.
+        resident: teachers on the device.
+        splits: whether ``rows`` may be made fewer (not where the backward pass takes the optimizer's step).
+        steps_down: how often something was given up.
+    """
+
+    rows: int
+    checkpointing: bool
+    resident: int
+    splits: bool = True
+    steps_down: int = 0
+
+    def give_up_something(self) -> str:
+        """Become more sparing; returns what changed.
+
+        Raises:
+            BadInput: there is nothing left to give up.
+        """
+        before = self.rows, self.checkpointing, self.resident
+        if self.splits and self.rows > ENOUGH_ROWS:
+            self.rows = max(ENOUGH_ROWS, self.rows // 2)
+        elif not self.checkpointing:
+            self.checkpointing = True
+        elif self.resident > 1:
+            self.resident = self.resident // 2
+        elif self.splits and self.rows > 1:
+            self.rows = self.rows // 2
+        else:
+            raise BadInput(
+                "the device's memory is too small for this training, even one row at a time",
+                hint="Use train.student: lora, train.weights: bf16, or a smaller data.size.",
+            )
+        self.steps_down += 1
+        now = self.rows, self.checkpointing, self.resident
+        told = (f"{now[0]} rows at a time", "gradient checkpointing", f"{now[2]} teachers on the device")
+        changed = next(text for text, a, b in zip(told, before, now, strict=True) if a != b)
+        return f"memory ran out: going on with {changed}, on the same samples"

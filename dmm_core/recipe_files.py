@@ -1,0 +1,70 @@
+"""What recipes of every kind have in common: a file of plain values, and paths that must be there."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmm_core.errors import RecipeError
+
+
+def read_file(path: Path) -> Any:
+    """What a YAML or JSON file holds, as plain values. Raises RecipeError: no such file, no text, no YAML or JSON."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError("is not UTF-8 text", path, "A recipe is a YAML file, not a checkpoint.") from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror})", path) from error
+    return _parse(text, path)
+
+
+def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path) -> None:
+    """Raise RecipeError unless inputs are there, and ``out`` lies in a folder that can be made and is none of them."""
+    for key, path in inputs.items():
+        if path is None:
+            continue
+        if not path.exists():
+            raise RecipeError(f"{key}: there is no {path}", source, _similar_file(path))
+        if out.exists() and os.path.samefile(path, out):
+            raise RecipeError(f"out: {out} is also {key}, and would be lost", source, "Choose another name.")
+    if out.is_dir():
+        raise RecipeError(f"out: expected a file's name, got the folder {out}", source)
+    nearest = next((folder for folder in out.parents if folder.exists()), None)
+    if nearest is None or not nearest.is_dir():
+        why = "there is no such drive" if nearest is None else f"{nearest} is not a folder"
+        raise RecipeError(f"out: {out} cannot be written, {why}", source)
+    if not os.access(nearest, os.W_OK):
+        raise RecipeError(f"out: {out} cannot be written, {nearest} is read-only", source)
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 1)
+    except OSError:
+        return ""
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _parse(text: str, path: Path) -> Any:
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"line {error.lineno} is not valid JSON: {error.msg}", path) from error
+    from dmm_core.yaml_reader import parse_yaml
+
+    return parse_yaml(text, path)
+
+
+def _unique(pairs: list[tuple[Any, Any]], path: Path) -> Mapping[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise RecipeError(f"the key {key} is there twice", path)
+        seen[key] = value
+    return seen

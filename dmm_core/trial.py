@@ -1,0 +1,178 @@
+"""A short trial of a recipe in a process of its own: the memory that it took, the time that a step takes.
+
+What a distillation needs is measured, not reckoned: a few real steps, with the real models, on random latents.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dmm_core.economy import is_out_of_memory
+from dmm_core.errors import BadInput
+from dmm_core.memory import available_ram, peak_resident_bytes
+from dmm_core.recipe import Recipe, TrainSpec
+
+ROOM = 0.92  # share of the free memory that a plan may fill
+SAMPLED = 16  # latents that are drawn together, as run.py does
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found, bytes and seconds. ``device`` is the peak of the accelerator's memory, 0 on a CPU."""
+
+    device: int
+    ram: int
+    seconds_per_step: float
+    seconds_per_denoising: float  # one step of the sampler for up to 16 latents
+
+
+def try_out(recipe: Recipe) -> Trial | None:
+    """Run the recipe's first steps in a fresh process; None where its memory does not suffice. Nothing is written."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(recipe, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:  # it was ended by the system, most likely for its memory
+        found = None
+    child.join()
+    if isinstance(found, BadInput):
+        raise found
+    if isinstance(found, str):
+        raise RuntimeError(f"the trial of the recipe failed: {found}")
+    return found
+
+
+def _child(recipe: Recipe, answer: Any) -> None:
+    import traceback
+
+    try:
+        answer.send(run_trial(recipe))
+    except BadInput as error:
+        answer.send(BadInput(error.what, error.path, error.hint))
+    except Exception as error:
+        answer.send(None if is_out_of_memory(error) else traceback.format_exc())
+
+
+def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
+    """As ``run.prepare`` and the first steps, with random latents and one prompt."""
+    from dmm_core.data import LatentData, Pool
+    from dmm_core.run import latent_size, load_teachers, open_sources, ready
+    from dmm_core.sample import initial_noise, sample_latents
+
+    sources = open_sources(recipe, check_values=False)
+    size = latent_size(sources.base, recipe.data.size)
+    teachers = load_teachers(recipe, sources)
+    teachers.embed(["a picture", ""])
+    count = min(SAMPLED, recipe.data.latents_per_teacher)
+    denoising = 0.0
+    if recipe.data.kind == "teachers":
+        rows = torch.zeros(count, dtype=torch.long)
+        for index in range(len(teachers) if teachers.resident >= len(teachers) else 1):
+            began = time.monotonic()
+            sample_latents(
+                teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
+                cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
+                prediction_type=sources.base.prediction_type,
+            ).cpu()  # fmt: skip
+            denoising = time.monotonic() - began
+    pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))
+    run = ready(recipe, sources, LatentData(["a picture"], [pool], recipe.data.prompt_drop), teachers)
+    times = []
+    for _ in range(steps):
+        began = time.monotonic()
+        result = run.step()
+        if result.warnings:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        assert math.isfinite(result.loss)  # reading it waits for the device
+        times.append(time.monotonic() - began)
+    device = torch.cuda.max_memory_reserved() if run.device.type == "cuda" else 0
+    return Trial(device, peak_resident_bytes() or 0, min(times[1:]), denoising)
+
+
+# ---------------------------------------------------------------- what fits
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe that fits, what was changed in it for that (keys of ``train``), and its trial."""
+
+    recipe: Recipe
+    changes: dict[str, Any]
+    trial: Trial
+
+
+def fit(recipe: Recipe, device: str, parameters: int, budget: int | None = None, note: Any = None) -> Fit | None:
+    """The recipe, or the least sparing change of it whose trial stays within ``budget`` bytes; None if none does.
+
+    Args:
+        parameters: of the UNet, to leave out what cannot fit without trying it.
+        budget: None takes what the device has free now.
+        note: told what is tried, in a line.
+    """
+    room = budget if budget is not None else free_memory(device)
+    for changes in candidates(recipe.train, len(recipe.teachers), device):
+        sparing = replace(recipe, train=replace(recipe.train, **changes))
+        resident = sparing.train.resident or len(recipe.teachers)
+        if room is not None and weights_bytes(sparing.train, parameters, device, resident) > room:
+            continue
+        if note is not None:
+            note("trying " + (", ".join(f"{key}: {value}" for key, value in changes.items()) or "the recipe as it is"))
+        trial = try_out(sparing)
+        if trial and (room is None or (trial.device or trial.ram) <= room):
+            return Fit(sparing, changes, trial)
+    return None
+
+
+def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, Any]]:
+    """Changes from none to the most sparing; those that cost quality come last."""
+    import importlib.util
+
+    ladder: list[dict[str, Any]] = [{}]
+
+    def add(**more: Any) -> None:
+        step = {**ladder[-1], **{key: value for key, value in more.items() if getattr(spec, key) != value}}
+        if step != ladder[-1]:
+            ladder.append(step)
+
+    if teachers > 1:
+        add(resident=1)
+        if not spec.fused_backward:
+            add(micro=1)
+    add(checkpointing=True)
+    if importlib.util.find_spec("torchao") or (device.startswith("cuda") and importlib.util.find_spec("bitsandbytes")):
+        add(optimizer="adamw8bit")
+    narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported() and spec.precision in ("auto", "bf16")
+    if narrow and (importlib.util.find_spec("torchao") or ladder[-1].get("optimizer") != "adamw8bit"):
+        add(weights="bf16")
+    add(student="lora")
+    return ladder
+
+
+def weights_bytes(spec: TrainSpec, parameters: int, device: str, resident: int) -> int:
+    """Memory for weights, gradients, moments and ``resident`` teachers, without activations: a lower bound."""
+    weight = 2 if spec.weights == "bf16" else 4
+    teacher = 2 if device.startswith("cuda") or weight == 2 else 4
+    student = weight
+    if spec.student == "full":
+        gradient = 0 if spec.fused_backward else weight
+        student += gradient + (2 if spec.optimizer == "adamw8bit" else 8) + (4 if spec.ema else 0)
+    return parameters * (student + teacher * resident)
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a plan may fill on a device; None where that cannot be found out."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0] * ROOM)
+    if device == "mps":
+        return int(torch.mps.recommended_max_memory() * ROOM)
+    room = available_ram()
+    return None if room is None else int(room * ROOM)

@@ -1,0 +1,306 @@
+"""Economies of memory: each gives what the plain way gives, or says so; and what is done when memory runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmm_core.economy import ENOUGH_ROWS, Economy, is_out_of_memory
+from dmm_core.errors import BadInput, RecipeError
+from dmm_core.optim import StochasticAdamW, StudentOptimizer, stochastic_round
+from dmm_core.recipe import TrainSpec
+from tests.unit.merges import after, built, furthest, recipe, tiny_teachers
+
+MOVED = 1e-3  # by how much three steps at lr 1e-3 move weights, at least
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> list[Path]:
+    return tiny_teachers(tmp_path_factory.mktemp("teachers"), 2)
+
+
+@pytest.fixture(scope="module")
+def plain(teachers, tmp_path_factory):
+    """Three steps with score and feature loss, without any economy."""
+    return after(built(tmp_path_factory.mktemp("plain") / "o.safetensors", teachers, feature=0.1, grad_clip=0), 3)
+
+
+@pytest.mark.parametrize(
+    "economy",
+    [{"checkpointing": True}, {"micro": 1}, {"resident": 1}, {"fused_backward": True}, {"channels_last": True},
+     {"checkpointing": True, "fused_backward": True, "resident": 1}],
+    ids=lambda economy: " ".join(economy),
+)  # fmt: skip
+def test_same_result_to_rounding(tmp_path, teachers, plain, economy):
+    start = built(tmp_path / "o.safetensors", teachers, feature=0.1, grad_clip=0, **economy)
+    before = {key: value.clone() for key, value in start.student.learned().items()}
+    learned = after(start, 3)
+    assert furthest(learned, before) > MOVED
+    # Adam divides by the gradient's size: where that is all rounding, a step may point the other way
+    differing = [(learned[k] - plain[k]).abs().gt(1e-4).float().mean().item() for k in plain]
+    assert sum(differing) / len(differing) < 1e-3, economy
+
+
+def test_checkpointing_keeps_fewer_activations(tmp_path, teachers):
+    kept = {}
+    for checkpointing in (False, True):
+        distillation, sizes = built(tmp_path / "o.safetensors", teachers, checkpointing=checkpointing), {}
+        pack = lambda x, sizes=sizes: sizes.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, pack=pack: (pack(x), x)[1], lambda x: x):
+            distillation.step()
+        own = {p.untyped_storage().data_ptr() for p in distillation.student.parameters()}
+        kept[checkpointing] = sum(size for pointer, size in sizes.items() if pointer not in own)
+    assert kept[True] < 0.7 * kept[False]
+
+
+def test_fused_backward_holds_no_gradient(tmp_path, teachers):
+    distillation = built(tmp_path / "o.safetensors", teachers, fused_backward=True)
+    distillation.step()
+    assert all(p.grad is None for p in distillation.learned) and len(distillation.optimizer.done) == len(
+        distillation.learned
+    )
+
+
+def test_fused_backward_clips_each_gradient(tmp_path, teachers):
+    """AdamW hides a gradient's scale; its first moment does not."""
+    distillation = built(tmp_path / "o.safetensors", teachers, fused_backward=True, grad_clip=1e-4)
+    distillation.step()
+    moments = [s["exp_avg"] for o in distillation.optimizer.optimizers for s in o.state.values()]
+    assert max(m.norm().item() for m in moments) == pytest.approx(0.1 * 1e-4, rel=1e-2)
+
+
+# ---------------------------------------------------------------- bfloat16 weights
+
+
+def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.tensor([0.0, 1.0, -3.5, 2.0**-120, -(2.0**100)])
+    assert torch.equal(stochastic_round(exact, generator).float(), exact)
+    x = torch.tensor([0.1, -0.7, 123.456, 1 + 2.0**-12, -1e-30])
+    rounded = stochastic_round(x.expand(200_000, -1).contiguous(), generator).float()
+    apart = 2.0 ** (x.abs().log2().floor() - 7)  # distance of two neighbours, with 8 significant bits
+    assert (rounded - x).abs().le(apart).all() and all(len(column.unique()) == 2 for column in rounded.T)
+    error = (rounded.double().mean(0) - x).abs() / apart
+    assert (error < 5 * 0.5 / 200_000**0.5).all()  # five standard errors; rounding to nearest would be off by up to 0.5
+
+
+@pytest.mark.parametrize(("rounds", "progress"), [("at random", True), ("to nearest", False)])
+def test_small_steps_add_up_only_when_rounded_at_random(rounds, progress):
+    """Steps of 1e-4 on weights near 1, whose neighbours are 0.004 away: w → 1.05 within 1000 steps, or never."""
+    w = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    group = [{"params": [w]}]
+    settings = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    if rounds == "at random":
+        optimizer = StochasticAdamW(group, {w: 0}, 0, **settings)
+        optimizer.state[w] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(64), "exp_avg_sq": torch.zeros(64)}
+    else:
+        optimizer = torch.optim.AdamW(group, **settings)
+    for _ in range(600):
+        optimizer.zero_grad()
+        (w.float() - 1.05).square().sum().backward()
+        optimizer.step()
+    assert (w.float().mean().item() > 1.04) is progress and (w.float().eq(1).all().item()) is not progress
+
+
+def test_stochastic_adamw_is_adamw_for_float32():
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    a = StochasticAdamW([{"params": [ours]}], {ours: 0}, 0, **settings)
+    a.state[ours] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(50), "exp_avg_sq": torch.zeros(50)}
+    b = torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        for w, optimizer in ((ours, a), (theirs, b)):
+            w.grad = torch.sin(3 * w.detach())
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6) and not torch.allclose(ours, torch.linspace(-1, 1, 50), atol=1e-3)
+
+
+def test_bfloat16_training_lowers_the_loss(tmp_path, teachers):
+    distillation = built(
+        tmp_path / "o.safetensors", teachers, weights="bf16", precision="bf16", steps=8, ema=0.9, lr=3e-3
+    )
+    assert distillation.student.unet.dtype == torch.bfloat16 and distillation.student.codebook.dim
+    losses = [result.loss for result in distillation.run()]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert all(average.dtype == torch.float32 for average in distillation.average)
+
+
+# ---------------------------------------------------------------- exact resume of every economy
+
+
+@pytest.mark.parametrize(
+    "economy",
+    [{"fused_backward": True, "checkpointing": True}, {"student": "lora", "rank": 4, "ema": 0.9, "resident": 1},
+     {"weights": "bf16", "precision": "bf16", "fused_backward": True, "ema": 0.9, "batch": 1}],
+    ids=lambda economy: " ".join(economy),
+)  # fmt: skip
+def test_resume_is_exact(tmp_path, teachers, economy):
+    straight = built(tmp_path / "o.safetensors", teachers, steps=2, **economy)
+    straight.step()
+    straight.save_state(tmp_path / "state.safetensors")
+    straight.step()
+    resumed = built(tmp_path / "o.safetensors", teachers, steps=2, **economy)
+    resumed.load_state(tmp_path / "state.safetensors")
+    resumed.step()
+    (tensors, strings), (expected, told) = resumed.state(), straight.state()
+    assert strings == told and tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+# ---------------------------------------------------------------- memory runs out
+
+
+class NoMemory(torch.cuda.OutOfMemoryError):
+    pass
+
+
+def failing(distillation, monkeypatch, where: str, when: set[int]):
+    """Let the n-th calls of a method run out of memory after they have done their work."""
+    method, calls = getattr(distillation, where), []
+
+    def call(*arguments):
+        calls.append(1)
+        result = method(*arguments)
+        if len(calls) in when:
+            raise NoMemory("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return result
+
+    monkeypatch.setattr(distillation, where, call)
+
+
+@pytest.mark.parametrize("where", ["ask", "learn"])
+def test_out_of_memory_goes_on_with_the_same_samples(tmp_path, teachers, monkeypatch, where):
+    plain = built(tmp_path / "o.safetensors", teachers, batch=4)
+    steps = [plain.step() for _ in range(3)]
+    broken = built(tmp_path / "o.safetensors", teachers, batch=4)
+    failing(broken, monkeypatch, where, {2 if where == "ask" else 1})
+    results = [broken.step() for _ in range(3)]
+    assert [len(result.warnings) for result in results] == [1, 0, 0]
+    assert "4 rows" in results[0].warnings[0] and "same samples" in results[0].warnings[0]
+    assert broken.economy.rows == 4 and torch.equal(plain.rng.get_state(), broken.rng.get_state())
+    for one, two in zip(steps, results, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-4) and one.samples_seen == two.samples_seen
+
+
+def test_stepped_down_run_resumes_exactly(tmp_path, teachers, monkeypatch):
+    straight = built(tmp_path / "o.safetensors", teachers, batch=4)
+    failing(straight, monkeypatch, "learn", {1, 2, 4})
+    straight.step()
+    straight.save_state(tmp_path / "state.safetensors")
+    straight.step()
+    resumed = built(tmp_path / "o.safetensors", teachers, batch=4)
+    resumed.load_state(tmp_path / "state.safetensors")
+    assert (resumed.economy.rows, resumed.economy.checkpointing) == (4, True)
+    assert resumed.student.unet.is_gradient_checkpointing
+    resumed.economy.resident = resumed.teachers.resident = 1  # what the uninterrupted run fell to in this step
+    resumed.step()
+    a, b = straight.state()[0], resumed.state()[0]
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_fused_step_that_breaks_half_way_updates_every_weight_once(tmp_path, teachers):
+    distillation = built(tmp_path / "o.safetensors", teachers, fused_backward=True)
+    broken = distillation.optimizer.parameters[40]
+    hooked = []
+
+    def fail(p):
+        hooked.append(1)
+        if len(hooked) == 1:
+            raise NoMemory("out of memory")
+
+    broken.register_post_accumulate_grad_hook(fail)
+    result = distillation.step()
+    assert len(result.warnings) == 1 and "checkpointing" in result.warnings[0] and len(hooked) == 2
+    counts = {int(s["step"]) for o in distillation.optimizer.optimizers for s in o.state.values()}
+    assert counts == {1}
+
+
+def test_other_errors_are_not_swallowed(tmp_path, teachers, monkeypatch):
+    distillation = built(tmp_path / "o.safetensors", teachers)
+    monkeypatch.setattr(distillation, "ask", lambda batch: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        distillation.step()
+
+
+def test_what_is_given_up_and_in_which_order():
+    economy, told = Economy(rows=24, checkpointing=False, resident=4), []
+    with pytest.raises(BadInput, match="memory is too small"):
+        while True:
+            told.append(economy.give_up_something())
+    assert [text.split("going on with ")[1].split(", on")[0] for text in told] == [
+        "12 rows at a time", "6 rows at a time", "4 rows at a time", "gradient checkpointing",
+        "2 teachers on the device", "1 teachers on the device", "2 rows at a time", "1 rows at a time",
+    ]  # fmt: skip
+    assert told and ENOUGH_ROWS == 4
+    with pytest.raises(BadInput):
+        Economy(rows=24, checkpointing=True, resident=1, splits=False).give_up_something()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [(torch.cuda.OutOfMemoryError("x"), True), (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True), (RuntimeError("shape mismatch"), False),
+     (ValueError("out of memory"), False)],
+)  # fmt: skip
+def test_signs_of_lacking_memory(error, is_one):
+    assert is_out_of_memory(error) is is_one
+
+
+# ---------------------------------------------------------------- what cannot go together
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [({"fused_backward": True, "micro": 1}, "train.micro"), ({"fused_backward": True, "processes": 2}, "processes"),
+     ({"fused_backward": True, "precision": "fp16"}, "train.precision"),
+     ({"weights": "bf16", "precision": "fp32"}, "train.precision")],
+)  # fmt: skip
+def test_impossible_recipes(tmp_path, teachers, train, told):
+    with pytest.raises(RecipeError, match=told):
+        recipe(tmp_path / "o.safetensors", teachers, **train)
+
+
+def test_eight_bit_without_a_library_is_one_line(tmp_path, teachers, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    absent = ("bitsandbytes", "torchao")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
+    with pytest.raises(BadInput, match=r"adamw8bit needs torchao.*pip install torchao"):
+        built(tmp_path / "o.safetensors", teachers, optimizer="adamw8bit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_eight_bit_moments_train_and_resume(dtype, fused):
+    """torchao's on any device: it compiles one small kernel a shape."""
+    pytest.importorskip("torchao")
+    spec = TrainSpec(optimizer="adamw8bit", fused_backward=fused, lr=1e-3, weight_decay=0.0)
+    goal = torch.linspace(-1, 1, 8192).view(64, 128)
+
+    def optimizer():
+        weights = [torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype)), torch.nn.Parameter(torch.zeros(8))]
+        return weights, StudentOptimizer([([weights[0]], 1e-3), ([weights[1]], 1e-2)], spec, torch.device("cpu"))
+
+    def step(weights, mine, number):
+        mine.begin(1.0, number)
+        ((weights[0].float() - goal).square().sum() + (weights[1] - 1).square().sum()).backward()
+        mine.step(torch.amp.GradScaler("cpu", enabled=False))
+        mine.zero_grad()
+
+    weights, straight = optimizer()
+    for number in range(5):
+        step(weights, straight, number)
+    assert straight.state()["0.exp_avg.codes"].dtype == torch.uint8
+    assert weights[0][:32].mean() == pytest.approx(-5e-3, rel=0.1) and weights[1].mean() == pytest.approx(5e-2, rel=0.1)
+    again, resumed = optimizer()
+    resumed.load_state({key: value.clone() for key, value in straight.state().items()})
+    for mine, theirs in zip(again, weights, strict=True):
+        mine.data.copy_(theirs)
+    step(weights, straight, 5)
+    step(again, resumed, 5)
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
