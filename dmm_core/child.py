@@ -149,9 +149,11 @@ def _train(merge: Any, asked: Callable[[], bool], previews: Previews, events: Ev
     losses = previews.losses = Losses(merge.work / "losses.json", first)
     events("progress", step=first, total=total, seconds_left=None, losses=losses.now, loss=None)
     for result in merge.timed_steps(asked):
-        losses.add(result.step, result.score)
+        for warning in result.warnings:
+            events("warning", line=warning)
         now = time.monotonic()
-        if now - told >= EVERY or result.step == total:
+        if now - told >= EVERY or result.step == total:  # reading a loss waits for the device: most are left unread
+            losses.add(result.step, result.score)
             left = (total - result.step) * (now - began) / (result.step - first)
             events("progress", step=result.step, total=total, seconds_left=left, losses=losses.now, loss=result.loss)
             told = now

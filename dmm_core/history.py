@@ -13,7 +13,7 @@ POINTS = 400  # more are thinned out
 
 
 class Losses:
-    """Takes every step's losses; ``points`` are (step, smoothed losses), evenly spaced.
+    """Takes losses as they are read; ``points`` are (step, smoothed losses), at least ``every`` steps apart.
 
     Args:
         path: where they are kept. What is there from steps beyond ``step`` was not saved with the state: it is dropped.
@@ -34,11 +34,11 @@ class Losses:
     def add(self, step: int, losses: Mapping[str, float]) -> None:
         for name, loss in losses.items():
             self.now[name] = MEMORY * self.now.get(name, loss) + (1 - MEMORY) * loss
-        if step % self.every == 0:
+        if not self.points or step - self.points[-1][0] >= self.every:
             self.points.append((step, dict(self.now)))
         if len(self.points) > POINTS:
+            self.points = self.points[::2]
             self.every *= 2
-            self.points = [point for point in self.points if point[0] % self.every == 0]
 
     def save(self) -> None:
         write_atomically(self.path, json.dumps({"every": self.every, "points": self.points}).encode())

@@ -26,10 +26,9 @@ from typing import Any
 from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
-from dmm_core.recipe import Recipe
+from dmm_core.recipe import FREE, Recipe
 
 LAST = ("done", "stopped", "failed")
-FREE = ("save_every", "device", "resident", "processes")  # what may change between two sittings of one merge
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
 
 

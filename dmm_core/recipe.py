@@ -24,6 +24,10 @@ NotNegative = Annotated[float, Range(0)]
 Device = Annotated[str, Pattern(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto, cpu, mps, cuda or cuda:N")]
 
 
+# Keys of train that may change between two sittings: roundings follow at most, and mostly not even those.
+FREE = ("save_every", "device", "resident", "processes", "checkpointing", "channels_last", "compile")
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """One checkpoint to learn from. ``weight`` is its share of the average that the student may start from."""

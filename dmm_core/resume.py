@@ -12,12 +12,10 @@ from torch import Tensor
 
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.errors import BadInput
+from dmm_core.recipe import FREE
 
 if TYPE_CHECKING:
     from dmm_core.distill import Distillation
-
-# What may change between two sittings. Checkpointing and layouts change roundings at most, and the rest not even that.
-FREE = ("save_every", "device", "resident", "processes", "checkpointing", "channels_last", "compile")
 
 
 def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
