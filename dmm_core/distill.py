@@ -160,7 +160,7 @@ class Distillation:
         rows = torch.tensor([len(target.batch.t) for target in targets])
         which = torch.tensor([target.batch.teacher for target in targets]).repeat_interleave(rows)
         x_t, t, prompt = (torch.cat([getattr(tg.batch, name) for tg in targets]) for name in ("x_t", "t", "prompt"))
-        styles = torch.nn.functional.one_hot(which, len(self.student.codebook)).float()
+        styles = torch.eye(len(self.student.codebook))[which]
         host = (x_t, t, self.context[prompt], styles, self.weights[t])
         x_t, t, context, styles, weights = to_device(host, self.device)
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
