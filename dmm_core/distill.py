@@ -160,7 +160,7 @@ class Distillation:
         rows = torch.tensor([len(target.batch.t) for target in targets])
         which = torch.tensor([target.batch.teacher for target in targets]).repeat_interleave(rows)
         x_t, t, prompt = (torch.cat([getattr(tg.batch, name) for tg in targets]) for name in ("x_t", "t", "prompt"))
-        styles = torch.nn.functional.one_hot(which, len(self.student.codebook)).float()
+        styles = torch.eye(len(self.student.codebook))[which]
         host = (x_t, t, self.context[prompt], styles, self.weights[t])
         x_t, t, context, styles, weights = to_device(host, self.device)
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
@@ -212,7 +212,11 @@ class Distillation:
     def update_average(self) -> None:
         if self.average:  # early on a shorter memory, so that the start is forgotten
             keep = min(self.spec.ema, (self.step_count + 1) / (self.step_count + 10))
-            torch._foreach_lerp_(self.average, [p.detach().float() for p in self.learned], 1 - keep)
+            if self.spec.weights == "fp32":
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.learned], 1 - keep)
+            else:  # one after the other: a float32 copy of all weights would not fit
+                for average, p in zip(self.average, self.learned, strict=True):
+                    average.lerp_(p.detach().float(), 1 - keep)
 
     def run(self, ranks: Alone | None = None) -> Iterator[StepResult]:
         """Steps until ``spec.steps`` of them are done, counted over all sittings; ``ranks`` share the work."""

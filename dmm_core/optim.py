@@ -18,6 +18,7 @@ from dmm_core.errors import BadInput
 from dmm_core.recipe import TrainSpec
 
 EIGHT_BIT = ("bitsandbytes", "torchao")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,7 +98,7 @@ class StudentOptimizer:
             return _eight_bit(groups, self.device, narrow, more)
         if narrow:
             return StochasticAdamW(groups, self.places, spec.seed, **more)
-        self.fused = self.device.type in ("cuda", "cpu")
+        self.fused = self.device.type == "cuda" or (self.device.type == "cpu" and TORCH >= (2, 4))
         return torch.optim.AdamW(groups, fused=self.fused, **more)
 
     def _first_state(self, optimizer: Any, p: Tensor) -> dict[str, Any]:

@@ -130,8 +130,7 @@ def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
     others = [teacher for teacher in teachers if teacher is not base]
     encoder = base.text_encoder(0)
     found = [
-        f"{teacher.path.name} has another text encoder than {base.path.name}: it teaches with its own, the student "
-        "keeps the base's."
+        f"{teacher.path.name} has another text encoder than {base.path.name}, whose text encoder the student keeps."
         for teacher in others
         if not _same(encoder, teacher.text_encoder(0))
     ]

@@ -35,8 +35,11 @@ def quicken(unet: Any, channels_last: bool, compiled: bool, backend: str = "indu
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if compiled:
+        import torch._dynamo.config as dynamo
+
         keep_compiled_code()
-        torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # its name before 2.6
+        setattr(dynamo, limit, max(VARIANTS, getattr(dynamo, limit)))
         for module in unet.modules():
             if type(module).__name__ in REPEATED:
                 module.compile(backend=backend, dynamic=False)
