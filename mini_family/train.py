@@ -150,15 +150,16 @@ def train(args: argparse.Namespace, run: str, rank: int = 0) -> Path:
     """One model of the family into ``DATA/models/RUN.safetensors`` (diffusers keys under ``unet.`` and ``text.``)."""
     out = args.data / "models" / f"{run}.safetensors"
     out.parent.mkdir(exist_ok=True)
-    if out.exists():
+    more = args.more and out.exists()
+    if out.exists() and not more:
         return out
-    torch.manual_seed(sum(map(ord, run)))
+    torch.manual_seed(sum(map(ord, run)) + more)
     unet, text = fresh_models()
-    start = args.start if run == "base" else out.with_name("base.safetensors")
+    start = out if more else args.start if run == "base" else out.with_name("base.safetensors")
     if start:
         load_model(start, unet, text)
     trainer = Trainer(looks_of(args.data, run), args.lr, unet, text, run == "base", args.processes)
-    torch.manual_seed(sum(map(ord, run)) + 1000 * rank)
+    torch.manual_seed(sum(map(ord, run)) + more + 1000 * rank)
     began, count, losses = time.time(), 0, []
     while (done := progress(args, began, count)) < 1:
         losses.append(trainer.step(done, count))
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="an earlier base that the base goes on from")
+    parser.add_argument("--more", action="store_true", help="go on from what is there")
     parser.add_argument("--processes", type=int, default=1, help="processes that share every step")
     args = parser.parse_args()
     encode_pictures(args.data)
