@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
-from tests.hosts.comfyui.other_files import CONTROLNET, LORA, write_controlnet, write_lora
+from tests.hosts.comfyui.other_files import (
+    CONTROL_LORA,
+    CONTROLNET,
+    LORA,
+    write_control_lora,
+    write_controlnet,
+    write_lora,
+)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +44,8 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
     write_lora(base / "models" / "loras" / LORA)
     write_controlnet(base / "models" / "controlnet" / CONTROLNET)
+    write_control_lora(base / "models" / "controlnet" / CONTROL_LORA)
+    shutil.copy(Path(__file__).with_name("adapter_node.py"), base / "custom_nodes")
     running = Server(base)
     running.start()
     yield running

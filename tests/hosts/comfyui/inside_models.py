@@ -173,22 +173,3 @@ def test_attention_patch_beside_a_style(pack, loaded):
     assert seen and all(rows == [1, 0] or rows == [0, 1] for rows in seen)
     assert apart(live, sample(patched(pack.host.bake(model, ink)), text, empty)) < 2e-4
     assert apart(live, sample(pack.host.apply(model, ink), text, empty)) > 1e-3
-
-
-def test_torch_compile_keeps_its_graph(pack, loaded):
-    pytest.importorskip("torch._dynamo")
-    import torch._dynamo
-
-    model, clip = loaded[:2]
-    text = encode(clip, "a cat")
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    compiled = model.clone()
-    set_torch_compile_wrapper(model=compiled, backend="eager")
-    plain = sample(pack.host.apply(model, style(pack, loaded, "ink")), text, text, steps=2)
-    torch._dynamo.utils.counters.clear()
-    assert apart(plain, sample(pack.host.apply(compiled, style(pack, loaded, "ink")), text, text, steps=2)) < 1e-4
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for name in ("clay", "neon"):
-        sample(pack.host.apply(compiled, style(pack, loaded, name)), text, text, steps=2)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
