@@ -1,6 +1,6 @@
-"""A node of another pack, for the tests: an attention patch of the IP-Adapter kind, put into the server's custom_nodes.
+"""A node of another pack, for the tests: an attention patch of the IP-Adapter kind, in the server's custom_nodes.
 
-As IP-Adapter (arXiv:2308.06721) does it, cross-attention gets a second term from keys and values of its own, on the rows
+As in IP-Adapter (arXiv:2308.06721), cross-attention gets a second term from keys and values of its own, on the rows
 of the positive prompt alone: ``attention(q, k, v) + weight · attention(q, k′, v′)``.
 """
 

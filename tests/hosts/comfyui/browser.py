@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,23 @@ def put_styles(server: Server) -> None:
     if given := os.environ.get("DMM_SHOTS_FILE"):
         target.write_bytes(Path(given).read_bytes())
     else:
-        make_dmm(target, tuple(STYLES))
+        make_dmm(target, tuple(STYLES), thumbnails=teacher_thumbnails())
+
+
+def teacher_thumbnails() -> dict[str, str]:
+    """A picture by each of the mini family's teachers of those names."""
+    from dmm_core.models import load_pipeline
+    from dmm_core.report.thumbnails import data_uri
+    from dmm_core.sample import decode, sample
+    from mini_family import family
+
+    made = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for teacher in family.unpack(Path(temporary))[1:]:
+            pipe = load_pipeline(teacher)
+            latents = sample(pipe, ["a picture of a cat face"], seeds=[2], steps=12, cfg_scale=2.0)
+            made[teacher.stem] = data_uri(decode(pipe.vae, latents)[0])
+    return made
 
 
 class Page:

@@ -1,4 +1,4 @@
-"""A tiny SDXL through /prompt: the tests of test_nodes.py on a model with two text encoders, pooled output and sizes."""
+"""A tiny SDXL through /prompt: the tests of test_nodes.py with two text encoders, pooled output and sizes."""
 
 from __future__ import annotations
 
