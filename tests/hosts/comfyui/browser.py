@@ -60,7 +60,7 @@ class Page:
     def __init__(self, page: Any, server: Any, nodes2: bool) -> None:
         self.page, self.server, self.nodes2 = page, server, nodes2
 
-    def until(self, script: str, argument: Any = None, seconds: float = 30) -> Any:
+    def until(self, script: str, argument: Any = None, seconds: float = 120) -> Any:
         return self.page.wait_for_function(script, arg=argument, timeout=seconds * 1000).json_value()
 
     def open(self) -> None:
@@ -69,7 +69,7 @@ class Page:
         settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
         self.page.goto(self.server.url, wait_until="domcontentloaded")
         self.until(
-            "() => window.LiteGraph?.registered_node_types.StyleMix && window.app?.graph && app.canvas", None, 90
+            "() => window.LiteGraph?.registered_node_types.StyleMix && window.app?.graph && app.canvas", None, 300
         )
         self.page.evaluate(
             "async (all) => { for (const [k, v] of Object.entries(all)) await app.extensionManager.setting.set(k, v) }",
@@ -101,7 +101,7 @@ class Page:
         )  # fmt: skip
 
     def wait_labels(self, expected: list[str]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while self.labels()[: len(expected)] != expected and time.monotonic() < end:
             time.sleep(0.1)
         assert self.labels()[: len(expected)] == expected
@@ -151,7 +151,7 @@ class Page:
         """Press Run; the picture that comes."""
         done = len(self.server.get("/history"))
         self.page.get_by_test_id("queue-button").locator("button").first.click()
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while len(history := self.server.get("/history")) == done:
             assert time.monotonic() < end, "nothing was queued"
             time.sleep(0.1)

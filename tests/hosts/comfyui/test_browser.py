@@ -50,7 +50,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes2"])
 def page(request, server, chromium) -> Iterator[Page]:
     tab = chromium.new_page(viewport={"width": 1600, "height": 900})
-    tab.set_default_timeout(10_000)
+    tab.set_default_timeout(60_000)
     for banner in ("vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"):  # they would cover the canvas
         tab.add_init_script(f"localStorage.setItem('{banner}', 'true')")
     errors: list[str] = []
