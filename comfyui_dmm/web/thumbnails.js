@@ -43,17 +43,18 @@ function light(strip, weights) {
   });
 }
 
-function remove(node) {
-  const { widget } = node.dmmStrip;
-  node.dmmStrip = null;
-  widget.onRemove?.();
-  node.widgets.splice(node.widgets.indexOf(widget), 1);
+/** Once made, a strip stays with its node: Nodes 2.0 would go on drawing one that was taken away, and not draw a new one. */
+function hide(widget, hidden) {
+  widget.hidden = hidden; // as in dmm.js: one for each canvas
+  widget.options.hidden = hidden;
+  if (hidden) widget.computeSize = () => [0, -4];
+  else delete widget.computeSize;
 }
 
 function add(node) {
   const element = make("div", { display: "grid", gap: `${GAP}px`, padding: "2px 0", overflow: "hidden auto", boxSizing: "border-box" });
   const strip = { element, key: null, count: 0 };
-  const size = () => height(strip.count);
+  const size = () => (strip.count ? height(strip.count) : 0);
   strip.widget = node.addDOMWidget(NAME, "dmm_thumbnails", element, {
     serialize: false, hideOnZoom: true, getValue: () => undefined, setValue: () => {}, getMinHeight: size, getMaxHeight: size,
   });
@@ -68,23 +69,20 @@ function add(node) {
  */
 export function showThumbnails(node, styles, weights, pick = null) {
   const wanted = styles.some((style) => style.thumbnail) ? styles : [];
-  if (!wanted.length && !node.dmmStrip) return false;
-  if (!wanted.length) {
-    remove(node);
-    return true;
-  }
   const before = node.dmmStrip?.count ?? 0;
+  if (!wanted.length && !before) return false;
   if (!node.dmmStrip) add(node);
+  hide(node.dmmStrip.widget, !wanted.length);
   const strip = node.dmmStrip;
   const key = JSON.stringify(wanted);
   if (strip.key !== key) {
     Object.assign(strip, { key, count: wanted.length });
-    strip.element.style.gridTemplateColumns = `repeat(${Math.min(wanted.length, COLUMNS)}, minmax(0, 1fr))`;
-    strip.element.style.minHeight = `${height(wanted.length)}px`;
+    strip.element.style.gridTemplateColumns = `repeat(${Math.min(wanted.length, COLUMNS) || 1}, minmax(0, 1fr))`;
+    strip.element.style.minHeight = wanted.length ? `${height(wanted.length)}px` : "0";
     strip.element.replaceChildren(...wanted.map((style) => cellOf(style, pick)));
   }
   light(strip, weights);
-  return height(before) !== height(wanted.length) || !before;
+  return height(before) !== height(wanted.length);
 }
 
 /** The weights alone have changed. */

@@ -172,6 +172,7 @@ def test_pictures_of_the_styles(page):
                             w.value = name; w.callback?.(name) }"""
     page.page.evaluate(choose, "other-dmm.safetensors")  # has no pictures
     page.until(f"() => ({PICTURES})('StyleMix').length === 0")
+    assert page.page.locator("div[title='ink'] img:visible").count() == 0
     page.page.evaluate(choose, FILE)
     wait_pictures(page, "StyleMix", STYLES)
     node = "app.graph.nodes.find(n => n.comfyClass === 'StyleMix')"
