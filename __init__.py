@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-if __package__ and find_spec("comfy") and find_spec(".comfyui_dmm", __package__):
+if __package__ and find_spec("comfy_api") and find_spec(".comfyui_dmm", __package__):
     from .comfyui_dmm import *  # noqa: F403

@@ -22,6 +22,7 @@ from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae,
 from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe
+from dmm_core.report.thumbnails import of_latents
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
@@ -82,7 +83,7 @@ class Merge:
         """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``use_average`` comes before."""
         recipe, out = self.recipe, Path(self.recipe.out)
         self.distillation.student.save(
-            out, self.sources.base, style_info=self.style_info(), title=recipe.title or out.stem, report=report,
+            out, self.sources.base, style_info=self.shown_styles(), title=recipe.title or out.stem, report=report,
             recipe=recipe.to_dict(names_only=True) if recipe.include_recipe else None,
         )  # fmt: skip
         dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
@@ -95,6 +96,15 @@ class Merge:
             {"name": name, "teacher": teacher.path.name, "sha256": teacher.sha256()}
             for name, teacher in zip(self.sources.names, self.sources.teachers, strict=True)
         ]
+
+    def shown_styles(self) -> list[dict[str, str]]:
+        """``style_info`` with a thumbnail each, where every teacher drew latents of its own and there is a VAE."""
+        info, pools, base = self.style_info(), self.distillation.data.pools, self.sources.base
+        if len(pools) != len(info) or base.vae_config is None:
+            return info
+        vae = build_vae(base, torch.float32).to(self.distillation.teachers.device)
+        pictures = of_latents(vae, [pool.latents for pool in pools], [pool.prompt for pool in pools])
+        return [{**entry, "thumbnail": uri} for entry, uri in zip(info, pictures, strict=True)]
 
 
 def work_folder(recipe: Recipe) -> Path:

@@ -1,9 +1,11 @@
-// Names on the sliders: StyleMix's w0…w7 and StyleVector's list show the styles of the checkpoint upstream.
+// Names on the sliders: StyleMix's w0…w7 and StyleVector's list show the styles of the checkpoint upstream, and pictures
+// of them where the file has some.
 //
 // The server knows nothing of this file. Widget names, their order and their values stay as the schema has them, so that
 // workflows saved with or without it are the same; only `label`, `hidden` and the list of a combo change.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { lightThumbnails, showThumbnails } from "./thumbnails.js";
 
 const LOADER = "LoadDMM";
 const MIX = "StyleMix";
@@ -14,18 +16,18 @@ const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0", DMM_TEACHERS: "
 const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
 const KEEP_MS = 3000; // how long an answer of the route is taken for current
 
-const answers = new Map(); // checkpoint → {at, promise of names or null}
+const answers = new Map(); // checkpoint → {at, promise of styles or null}
 const ownLabels = new WeakMap(); // widget → the label it had before ours
 let timer = null;
 
-/** The names of a checkpoint's styles in codebook order, or null where the server cannot tell. */
-function styleNames(checkpoint) {
+/** A checkpoint's styles ({name, thumbnail}) in codebook order, or null where the server cannot tell. */
+function stylesOf(checkpoint) {
   const known = answers.get(checkpoint);
   if (known && Date.now() - known.at < KEEP_MS) return known.promise;
   const promise = api
     .fetchApi(`/dmm/styles?checkpoint=${encodeURIComponent(checkpoint)}`)
     .then((response) => (response.ok ? response.json() : null))
-    .then((answer) => answer?.styles?.map((style) => style.name) ?? null)
+    .then((answer) => answer?.styles ?? null)
     .catch(() => null);
   answers.set(checkpoint, { at: Date.now(), promise });
   return promise;
@@ -99,30 +101,44 @@ function redraw(node, resize) {
   app.graph.setDirtyCanvas(true, true);
 }
 
-function labelSliders(node, names) {
-  const first = Number(widgetOf(node, "first")?.value ?? 0);
+const firstOf = (node) => Number(widgetOf(node, "first")?.value ?? 0);
+const weightsOf = (node) => Array.from({ length: SLIDERS }, (_, i) => Number(widgetOf(node, `w${i}`)?.value ?? 0));
+
+function labelSliders(node, styles) {
+  const first = firstOf(node);
   let changed = false;
   for (let i = 0; i < SLIDERS; i++) {
     const widget = widgetOf(node, `w${i}`);
     if (!widget) continue;
-    const name = names?.[first + i];
+    const name = styles?.[first + i]?.name;
     // A slider without a style is still shown while it is wired or has a weight: the user must be able to take that away.
     const idle = !widget.value && inputOf(node, widget.name)?.link == null;
-    changed = present(node, widget, name, !!names && name === undefined && idle) || changed;
+    changed = present(node, widget, name, !!styles && name === undefined && idle) || changed;
   }
+  const shown = (styles ?? []).slice(first, first + SLIDERS);
+  changed = showThumbnails(node, shown, weightsOf(node)) || changed;
   if (changed) redraw(node, true);
 }
 
-function listStyles(node, names) {
+function listStyles(node, styles) {
   const widget = widgetOf(node, "style");
   if (!widget || widget.type !== "combo") return;
-  if (names?.length && !widget.value) widget.value = names[0];
-  const values = [...(names ?? [])];
+  const names = styles?.map((style) => style.name) ?? [];
+  if (names.length && !widget.value) widget.value = names[0];
+  const values = [...names];
   // What the workflow was saved with stays, even if this checkpoint does not have it: the server then says so.
   if (widget.value && !values.includes(widget.value)) values.push(widget.value);
-  if (JSON.stringify(values) === JSON.stringify(widget.options.values) && !node.dmmRewired) return;
+  const chosen = () => names.map((name) => Number(name === widget.value));
+  node.dmmChosen = () => lightThumbnails(node, chosen());
+  const resized = showThumbnails(node, styles ?? [], chosen(), (name) => {
+    widget.value = name;
+    widget.callback?.(name);
+    node.dmmChosen();
+    redraw(node, false);
+  });
+  if (JSON.stringify(values) === JSON.stringify(widget.options.values) && !node.dmmRewired && !resized) return;
   widget.options.values = values;
-  redraw(node, false);
+  redraw(node, resized);
 }
 
 async function refresh() {
@@ -130,10 +146,10 @@ async function refresh() {
     for (const node of nodesOf(graph)) {
       if (node.comfyClass !== MIX && node.comfyClass !== VECTOR) continue;
       const checkpoint = checkpointOf(node);
-      const names = checkpoint ? await styleNames(checkpoint) : null;
+      const styles = checkpoint ? await stylesOf(checkpoint) : null;
       if (!node.graph || checkpointOf(node) !== checkpoint) continue; // removed or rewired meanwhile
-      if (node.comfyClass === MIX) labelSliders(node, names);
-      else listStyles(node, names);
+      if (node.comfyClass === MIX) labelSliders(node, styles);
+      else listStyles(node, styles);
     }
   }
 }
@@ -167,11 +183,19 @@ function textToCombo(node) {
   if (at < 0 || node.widgets[at].type === "combo") return;
   const text = node.widgets[at];
   const values = text.value ? [text.value] : [];
-  const combo = node.addWidget("combo", "style", text.value, () => {}, { ...text.options, values });
+  const combo = node.addWidget("combo", "style", text.value, () => node.dmmChosen?.(), { ...text.options, values });
   combo.label = text.label;
   combo.tooltip = text.tooltip;
   node.widgets.pop();
   node.widgets[at] = combo;
+}
+
+/** Values that were saved by name; the page itself knows lists alone, and would leave every widget undefined. */
+function takeNamed(node, values, defaults) {
+  if (!values || Array.isArray(values)) return;
+  for (const widget of node.widgets ?? []) {
+    if (widget.serialize !== false) widget.value = values[widget.name] ?? defaults[widget.name];
+  }
 }
 
 function paint() {
@@ -206,10 +230,18 @@ app.registerExtension({
       this.dmmRewired = true;
       refreshSoon();
     });
-    chain(node, "onConfigure", refreshSoon);
+    const defaults = Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
+    chain(node, "onConfigure", (saved) => {
+      takeNamed(node, saved?.widgets_values, defaults);
+      refreshSoon();
+    });
     for (const name of ["checkpoint", "first"]) {
       const widget = widgetOf(node, name);
       if (widget) chain(widget, "callback", refreshSoon);
+    }
+    for (let i = 0; i < SLIDERS && node.comfyClass === MIX; i++) {
+      const widget = widgetOf(node, `w${i}`);
+      if (widget) chain(widget, "callback", () => lightThumbnails(node, weightsOf(node)));
     }
     refreshSoon();
   },

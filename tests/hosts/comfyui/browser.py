@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,23 @@ def put_styles(server: Server) -> None:
     if given := os.environ.get("DMM_SHOTS_FILE"):
         target.write_bytes(Path(given).read_bytes())
     else:
-        make_dmm(target, tuple(STYLES))
+        make_dmm(target, tuple(STYLES), thumbnails=teacher_thumbnails())
+
+
+def teacher_thumbnails() -> dict[str, str]:
+    """A picture by each of the mini family's teachers of those names."""
+    from dmm_core.models import load_pipeline
+    from dmm_core.report.thumbnails import data_uri
+    from dmm_core.sample import decode, sample
+    from mini_family import family
+
+    made = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for teacher in family.unpack(Path(temporary))[1:]:
+            pipe = load_pipeline(teacher)
+            latents = sample(pipe, ["a picture of a cat face"], seeds=[2], steps=12, cfg_scale=2.0)
+            made[teacher.stem] = data_uri(decode(pipe.vae, latents)[0])
+    return made
 
 
 class Page:
@@ -54,7 +71,7 @@ class Page:
     def __init__(self, page: Any, server: Any, nodes2: bool) -> None:
         self.page, self.server, self.nodes2 = page, server, nodes2
 
-    def until(self, script: str, argument: Any = None, seconds: float = 30) -> Any:
+    def until(self, script: str, argument: Any = None, seconds: float = 120) -> Any:
         return self.page.wait_for_function(script, arg=argument, timeout=seconds * 1000).json_value()
 
     def open(self) -> None:
@@ -63,7 +80,7 @@ class Page:
         settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
         self.page.goto(self.server.url, wait_until="domcontentloaded")
         self.until(
-            "() => window.LiteGraph?.registered_node_types.StyleMix && window.app?.graph && app.canvas", None, 90
+            "() => window.LiteGraph?.registered_node_types.StyleMix && window.app?.graph && app.canvas", None, 300
         )
         self.page.evaluate(
             "async (all) => { for (const [k, v] of Object.entries(all)) await app.extensionManager.setting.set(k, v) }",
@@ -95,7 +112,7 @@ class Page:
         )  # fmt: skip
 
     def wait_labels(self, expected: list[str]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while self.labels()[: len(expected)] != expected and time.monotonic() < end:
             time.sleep(0.1)
         assert self.labels()[: len(expected)] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,14 @@ from mini_family import family
 from tests.hosts.comfyui.browser import SHORT, SHORT_RECIPE
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
-from tests.hosts.comfyui.other_files import CONTROLNET, LORA, write_controlnet, write_lora
+from tests.hosts.comfyui.other_files import (
+    CONTROL_LORA,
+    CONTROLNET,
+    LORA,
+    write_control_lora,
+    write_controlnet,
+    write_lora,
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +50,8 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     (base / "input" / SHORT).write_text(SHORT_RECIPE, encoding="utf-8")
     write_lora(base / "models" / "loras" / LORA)
     write_controlnet(base / "models" / "controlnet" / CONTROLNET)
+    write_control_lora(base / "models" / "controlnet" / CONTROL_LORA)
+    shutil.copy(Path(__file__).with_name("adapter_node.py"), base / "custom_nodes")
     running = Server(base)
     running.start()
     yield running

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def host_paths() -> tuple[Path, str]:
     return Path(folder), python
 
 
-def make_dmm(path: Path, names: tuple[str, ...] = NAMES, seed: int = 0) -> Path:
+def make_dmm(
+    path: Path, names: tuple[str, ...] = NAMES, seed: int = 0, thumbnails: Mapping[str, str] | None = None
+) -> Path:
     """A DMM file of the mini family's base: untrained, but with style vectors as large as trained ones."""
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.student import Student
@@ -45,6 +48,8 @@ def make_dmm(path: Path, names: tuple[str, ...] = NAMES, seed: int = 0) -> Path:
         student.codebook.add_embedding.linear_2.weight, std=0.1, generator=torch.Generator().manual_seed(seed)
     )
     info = [{"name": name, "teacher": f"{name}.safetensors", "sha256": "0" * 64} for name in names]
+    for entry in info if thumbnails else ():
+        entry["thumbnail"] = thumbnails[entry["name"]]
     return student.save(path, base, style_info=info, title="test")
 
 

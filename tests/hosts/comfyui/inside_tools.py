@@ -100,3 +100,12 @@ def random_text(config: dict) -> dict:
         key: torch.randn(shape, generator=generator) * 0.05 + float("norm" in key and key.endswith("weight"))
         for key, shape in text_shapes(config).items()
     }
+
+
+def write_sdxl(path: Path) -> Path:
+    """A tiny SDXL DMM file, untrained: both text encoders, 64 wide each, pooled output and sizes as SDXL takes them."""
+    sizes = {"vocab_size": 49408, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+             "num_attention_heads": 1, "max_position_embeddings": 77, "projection_dim": 64}  # fmt: skip
+    text = [random_text({**sizes, "kind": kind}) for kind in ("clip_l", "clip_g")]
+    unet = random_unet(config_of([64, 128], 128, "sdxl", adm=1536 + 64))
+    return write_dmm(path, unet, "sdxl", text_encoders=text)

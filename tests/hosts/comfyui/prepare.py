@@ -58,8 +58,8 @@ def install() -> None:
     torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert torch, "constraints.txt pins no torch"
     pip(torch[0])
-    pip("--only-binary=:all:", "-r", str(REQUIREMENTS), "pytest")
-    pip("--no-deps", "torchvision==0.28.0")
+    pip("--no-deps", "torchvision==0.28.0")  # first: the newest, which spandrel would bring, replaces torch
+    pip("--only-binary=:all:", "-r", str(REQUIREMENTS), "pytest", torch[0])
     packages = Path(
         subprocess.run(
             [str(python()), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],

@@ -50,7 +50,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes2"])
 def page(request, server, chromium) -> Iterator[Page]:
     tab = chromium.new_page(viewport={"width": 1600, "height": 900})
-    tab.set_default_timeout(10_000)
+    tab.set_default_timeout(60_000)
     for banner in ("vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"):  # they would cover the canvas
         tab.add_init_script(f"localStorage.setItem('{banner}', 'true')")
     errors: list[str] = []
@@ -144,6 +144,79 @@ def test_style_vector_is_a_list(page, shoot):
     prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
     assert next(n for n in prompt.values() if n["class_type"] == "StyleVector")["inputs"]["style"] == "ink"
     shoot("single")
+
+
+PICTURES = """(kind) => [...(app.graph.nodes.find(n => n.comfyClass === kind).dmmStrip?.element.children ?? [])].map(
+    cell => [cell.title, cell.firstChild.naturalWidth > 0, Number(cell.style.opacity), cell.firstChild.clientHeight])"""
+
+
+def wait_pictures(page, kind: str, names: list[str]) -> list:
+    """Until the strip shows these styles, every picture decoded and laid out."""
+    page.until(
+        f"([kind, names]) => {{ const cells = ({PICTURES})(kind);"
+        " return cells.length === names.length && cells.every((c, i) => c[0] === names[i] && c[1] && c[3] > 20) }",
+        [kind, names],
+    )
+    return page.page.evaluate(PICTURES, kind)
+
+
+def test_pictures_of_the_styles(page):
+    """They follow the checkpoint and the sliders, and are saved nowhere."""
+    page.load(MIX)
+    page.wait_labels([*STYLES, "normalise", "first"])
+    shown = wait_pictures(page, "StyleMix", STYLES)
+    assert shown[0][2] > shown[1][2], "ink has a weight, clay has none"
+    page.drag(1, 0.9)
+    assert page.page.evaluate(PICTURES, "StyleMix")[1][2] > shown[1][2]
+    choose = """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM').widgets[0];
+                            w.value = name; w.callback?.(name) }"""
+    page.page.evaluate(choose, "other-dmm.safetensors")  # has no pictures
+    page.until(f"() => ({PICTURES})('StyleMix').length === 0")
+    assert page.page.locator("div[title='ink'] img:visible").count() == 0
+    page.page.evaluate(choose, FILE)
+    wait_pictures(page, "StyleMix", STYLES)
+    node = "app.graph.nodes.find(n => n.comfyClass === 'StyleMix')"
+    assert len(page.page.evaluate(f"() => {node}.serialize().widgets_values")) == 10
+    prompt = page.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)")
+    assert "thumbnail" not in prompt
+
+
+def test_a_click_on_a_picture_chooses_the_style(page):
+    page.load(ROOT / "workflows" / "dmm_1_single_style.json")
+    wait_pictures(page, "StyleVector", STYLES)
+    widget = "app.graph.nodes.find(n => n.comfyClass === 'StyleVector').widgets.find(w => w.name === 'style')"
+    page.page.locator("div[title='neon'] img:visible").first.click()
+    page.until(f"() => {widget}.value === 'neon'")
+    assert [cell[2] for cell in page.page.evaluate(PICTURES, "StyleVector")][3] == 1
+
+
+SAVED = [0.25, 0.5, 0, 1.5, 0, 0, 0, 0, False, 0]
+OTHER_VERSIONS = {
+    "before a widget was added": (SAVED[:9], False),
+    "with values that came later": ([*SAVED, "later", 3], False),
+    "by name": ({"w0": 0.25, "w1": 0.5, "w3": 1.5, "normalise": False, "later": 3}, False),
+    "without sockets for widgets": (SAVED, True),
+}
+
+
+@pytest.mark.parametrize("how", OTHER_VERSIONS)
+def test_a_workflow_of_another_version(page, how):
+    """Slider values stay, whatever the version that saved them knew of the node."""
+    values, old_sockets = OTHER_VERSIONS[how]
+    saved = workflow(MIX)
+    mix = next(n for n in saved["nodes"] if n["type"] == "StyleMix")
+    mix["widgets_values"] = values
+    if old_sockets:  # older pages kept sockets of the wires alone
+        mix["inputs"] = [i for i in mix["inputs"] if not i.get("widget")]
+    page.page.evaluate("(w) => app.loadGraphData(w)", saved)
+    page.wait_labels(STYLES)
+    shown = page.page.evaluate(
+        "() => app.graph.nodes.find(n => n.comfyClass === 'StyleMix').widgets.slice(0, 10).map(w => w.value)"
+    )
+    assert shown == SAVED
+    prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+    inputs = next(n for n in prompt.values() if n["class_type"] == "StyleMix")["inputs"]
+    assert [inputs[f"w{i}"] for i in range(8)] + [inputs["normalise"], inputs["first"]] == SAVED
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -13,10 +13,10 @@ from tests.hosts.comfyui.harness import ROOT, host_paths
 pytestmark = pytest.mark.hosts
 
 
-@pytest.mark.parametrize("name", ["inside_styles.py", "inside_models.py"])
+@pytest.mark.parametrize("name", ["inside_styles.py", "inside_models.py", "inside_running.py"])
 def test_laws_inside_comfyui(name):
     _, python = host_paths()
-    command = [python, "-m", "pytest", "-m", "hosts", "-q", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", "-m", "hosts and not slow", "-q", "-p", "no:cacheprovider"]
     told = subprocess.run(
         [*command, str(Path(__file__).with_name(name))],
         cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=900,

@@ -1,0 +1,97 @@
+"""How ComfyUI runs a model: partly in memory, and compiled; checked on latents, run by test_laws.py.
+
+DMM_COMFYUI=… DMM_COMFYUI_PYTHON=… "$DMM_COMFYUI_PYTHON" -m pytest -m hosts tests/hosts/comfyui/inside_running.py
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.hosts.comfyui.inside_tools import apart, encode, sample, style
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.fixture
+def with_memory(monkeypatch) -> Iterator[Callable[[float], None]]:
+    """From here on the sampler has so many bytes for a model, as on a small card; on a CPU ComfyUI always loads all."""
+    import comfy.model_management as management
+
+    load = management.LoadedModel.model_load
+
+    def limit(size: float) -> None:
+        management.unload_all_models()
+        monkeypatch.setattr(
+            management.LoadedModel, "model_load",
+            lambda self, lowvram_model_memory=0, force_patch_weights=False: load(self, size, force_patch_weights),
+        )  # fmt: skip
+
+    yield limit
+    monkeypatch.undo()
+    management.unload_all_models()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_lowvram(pack, loaded, with_memory, share):
+    """Live, scheduled, baked: the same with all of the model loaded as with half of it, or nothing, in memory."""
+    model, clip = loaded[:2]
+    text, empty = encode(clip, "a cat"), encode(clip, "")
+    ink, neon = style(pack, loaded, "ink"), style(pack, loaded, "neon")
+    change = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) * 0.02
+    lora = pack.host.apply(model, ink).clone()
+    lora.add_patches({"diffusion_model.time_embed.2.weight": ("diff", (change,))})
+    patched = {
+        "plain": model,
+        "live": pack.host.apply(model, ink),
+        "live with a LoRA": lora,
+        "schedule": pack.host.apply(model, pack.values.scheduled([ink, neon], "blend", 0.0, 1.0)),
+        "baked": pack.host.bake(model, ink),
+        "baked, then live": pack.host.apply(pack.host.bake(model, ink), neon),
+    }
+    whole = {name: sample(patcher, text, empty) for name, patcher in patched.items()}
+    for name, patcher in patched.items():
+        with_memory(max(share * model.model_size(), 0.1))
+        assert apart(whole[name], sample(patcher, text, empty)) < 1e-5, name
+        assert patcher.model.model_lowvram, "the model is loaded in part"
+        if name == "baked" and not share:
+            assert patcher.lowvram_patch_counter() == 1, "the style is added when the layer runs"
+    assert apart(whole["live"], whole["baked"]) < 2e-4
+    assert apart(whole["live"], whole["plain"]) > 0.05
+    conditioned = sample(model, pack.host.condition(text, ink), pack.host.condition(empty, ink))
+    assert apart(conditioned, whole["live"]) < 2e-4
+
+
+def compile_and_move_sliders(pack, loaded, backend: str) -> None:
+    """A compiled model gives the plain one's latents, and no slider makes it compile again."""
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model, clip = loaded[:2]
+    text = encode(clip, "a cat")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = model.clone()
+    set_torch_compile_wrapper(model=compiled, backend=backend)
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = None
+    for weights in ([1, 0, 0], [0, 1, 0], [0.3, 0.2, 0.5]):
+        mixed = pack.values.mixed(loaded[3], weights, True)
+        made = sample(pack.host.apply(compiled, mixed), text, text, steps=2)
+        assert apart(made, sample(pack.host.apply(model, mixed), text, text, steps=2)) < 1e-3
+        graphs = graphs or stats["unique_graphs"]
+        assert stats["unique_graphs"] == graphs > 0, f"compiled again for {weights}"
+
+
+def test_torch_compile_keeps_its_graph(pack, loaded):
+    compile_and_move_sliders(pack, loaded, "eager")
+
+
+@pytest.mark.slow
+def test_torch_compile_with_inductor(pack, loaded):
+    if not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
+        pytest.skip("inductor needs a C++ compiler")
+    compile_and_move_sliders(pack, loaded, "inductor")
