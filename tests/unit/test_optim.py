@@ -1,0 +1,87 @@
+"""Optimizers by themselves: rounding at random, AdamW for bfloat16 weights, 8-bit moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmm_core.optim import StochasticAdamW, StudentOptimizer, stochastic_round
+from dmm_core.recipe import TrainSpec
+
+
+def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.tensor([0.0, 1.0, -3.5, 2.0**-120, -(2.0**100)])
+    assert torch.equal(stochastic_round(exact, generator).float(), exact)
+    x = torch.tensor([0.1, -0.7, 123.456, 1 + 2.0**-12, -1e-30])
+    rounded = stochastic_round(x.expand(200_000, -1).contiguous(), generator).float()
+    apart = 2.0 ** (x.abs().log2().floor() - 7)  # distance of two neighbours, with 8 significant bits
+    assert (rounded - x).abs().le(apart).all() and all(len(column.unique()) == 2 for column in rounded.T)
+    error = (rounded.double().mean(0) - x).abs() / apart
+    assert (error < 5 * 0.5 / 200_000**0.5).all()  # five standard errors; rounding to nearest would be off by up to 0.5
+
+
+@pytest.mark.parametrize(("rounds", "progress"), [("at random", True), ("to nearest", False)])
+def test_small_steps_add_up_only_when_rounded_at_random(rounds, progress):
+    """Steps of 1e-4 on weights near 1, whose neighbours are 0.004 away: w → 1.05 within 1000 steps, or never."""
+    w = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    group = [{"params": [w]}]
+    settings = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    if rounds == "at random":
+        optimizer = StochasticAdamW(group, {w: 0}, 0, **settings)
+        optimizer.state[w] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(64), "exp_avg_sq": torch.zeros(64)}
+    else:
+        optimizer = torch.optim.AdamW(group, **settings)
+    for _ in range(600):
+        optimizer.zero_grad()
+        (w.float() - 1.05).square().sum().backward()
+        optimizer.step()
+    assert (w.float().mean().item() > 1.04) is progress and (w.float().eq(1).all().item()) is not progress
+
+
+def test_stochastic_adamw_is_adamw_for_float32():
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    a = StochasticAdamW([{"params": [ours]}], {ours: 0}, 0, **settings)
+    a.state[ours] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(50), "exp_avg_sq": torch.zeros(50)}
+    b = torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        for w, optimizer in ((ours, a), (theirs, b)):
+            w.grad = torch.sin(3 * w.detach())
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6) and not torch.allclose(ours, torch.linspace(-1, 1, 50), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_eight_bit_moments_train_and_resume(dtype, fused):
+    """torchao's on any device: it compiles one small kernel a shape."""
+    pytest.importorskip("torchao")
+    spec = TrainSpec(optimizer="adamw8bit", fused_backward=fused, lr=1e-3, weight_decay=0.0)
+    goal = torch.linspace(-1, 1, 8192).view(64, 128)
+
+    def optimizer():
+        weights = [torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype)), torch.nn.Parameter(torch.zeros(8))]
+        return weights, StudentOptimizer([([weights[0]], 1e-3), ([weights[1]], 1e-2)], spec, torch.device("cpu"))
+
+    def step(weights, mine, number):
+        mine.begin(1.0, number)
+        ((weights[0].float() - goal).square().sum() + (weights[1] - 1).square().sum()).backward()
+        mine.step(torch.amp.GradScaler("cpu", enabled=False))
+        mine.zero_grad()
+
+    weights, straight = optimizer()
+    for number in range(5):
+        step(weights, straight, number)
+    assert straight.state()["0.exp_avg.codes"].dtype == torch.uint8
+    assert weights[0][:32].mean().item() == pytest.approx(-5e-3, rel=0.1) and weights[1].mean().item() == pytest.approx(
+        5e-2, rel=0.1
+    )
+    again, resumed = optimizer()
+    resumed.load_state({key: value.clone() for key, value in straight.state().items()})
+    for mine, theirs in zip(again, weights, strict=True):
+        mine.data.copy_(theirs)
+    step(weights, straight, 5)
+    step(again, resumed, 5)
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
