@@ -20,8 +20,8 @@ CHECKPOINTS = 8  # of one node
 TeachersType = io.Custom("DMM_TEACHERS")
 
 
-def checkpoint_input(name: str, tooltip: str) -> io.Input:
-    return io.Combo.Input(name, options=merging.choices(), default=merging.NONE, optional=True, tooltip=tooltip)
+def checkpoint_input(name: str, tooltip: str, loras: bool = True) -> io.Input:
+    return io.Combo.Input(name, options=merging.choices(loras), default=merging.NONE, optional=True, tooltip=tooltip)
 
 
 def inputs() -> list[io.Input]:
@@ -30,9 +30,11 @@ def inputs() -> list[io.Input]:
     return [
         io.String.Input("name", default="my-styles", tooltip="Of the file to write into models/checkpoints. Empty: "
                         "only hand the checkpoints on to the next Merge Checkpoints."),
-        *(checkpoint_input(f"checkpoint_{i}", "A checkpoint to learn from; its style gets the file's name.")
+        *(checkpoint_input(f"checkpoint_{i}", "A checkpoint to learn from, or a LoRA, which is put on the base; its "
+                           "style gets the file's name.")
           for i in range(1, CHECKPOINTS + 1)),
-        checkpoint_input("base", "Whose text encoder and VAE the result gets. none: those of the first checkpoint."),
+        checkpoint_input("base", "Whose text encoder and VAE the result gets, and what LoRAs are put on. none: those "
+                         "of the first checkpoint, and no LoRAs.", loras=False),
         io.Combo.Input("preset", options=list(PRESETS), default="good", optional=True, tooltip=told),
         io.String.Input("prompts", default="", multiline=True, optional=True, tooltip="What the checkpoints draw to "
                         "learn from, one prompt a line. Empty: everyday subjects."),

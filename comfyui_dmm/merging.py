@@ -22,19 +22,25 @@ from dmm_core.recipe_files import read_file
 from . import files
 
 NONE = "none"
+LORA = "lora: "  # before the name of a LoRA in the lists
 NODE = "Merge Checkpoints"
 
 
 # ---------------------------------------------------------------- what is asked for
 
 
-def choices() -> list[str]:
-    return [NONE, *folder_paths.get_filename_list("checkpoints")]
+def choices(loras: bool = True) -> list[str]:
+    """What may teach: checkpoints, and LoRAs on top of the base; the base is a checkpoint."""
+    found = [LORA + name for name in folder_paths.get_filename_list("loras")] if loras else []
+    return [NONE, *folder_paths.get_filename_list("checkpoints"), *found]
 
 
 def find(name: str) -> Path:
-    """The path of a listed checkpoint. Raises MissingFile for every other name."""
-    path = folder_paths.get_full_path("checkpoints", name)
+    """The path of a listed checkpoint or LoRA. Raises MissingFile for every other name."""
+    if name.startswith(LORA):
+        path = folder_paths.get_full_path("loras", name.removeprefix(LORA))
+    else:
+        path = folder_paths.get_full_path("checkpoints", name)
     if path is None:
         raise MissingFile(Path(name))
     return Path(path)

@@ -56,6 +56,12 @@ class Lora:
     layers: dict[str, dict[str, str]]
     settings: dict[str, Any] = field(default_factory=dict)  # peft's, e.g. {"unet.lora_alpha": 8}
 
+    def check_finite(self) -> None:
+        """Read every tensor. Raises NonFinite, naming the first bad one."""
+        for key in self.tensors:
+            if bad := non_finite(self.tensors[key]):
+                raise NonFinite(self.path, key, bad)
+
     def fit(self, ck: Checkpoint) -> FittedLora:
         """Find the checkpoint's tensor for every layer, and check shapes.
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from dmm_core.checkpoint import Checkpoint, open_checkpoint
+from dmm_core.checkpoint import Checkpoint, LoraGiven, open_checkpoint
 from dmm_core.errors import BadInput
-from dmm_core.recipe import Recipe
+from dmm_core.lora_teacher import lora_teacher
+from dmm_core.recipe import Recipe, TeacherSpec
 
 GIB = 2**30
 
@@ -88,14 +89,32 @@ def open_sources(recipe: Recipe, check_values: bool = True) -> Sources:
     Raises:
         BadInput: the first file that cannot be read, is no checkpoint, has NaN, or does not fit the others.
     """
-    teachers = tuple(open_checkpoint(teacher.path) for teacher in recipe.teachers)
-    base = open_checkpoint(recipe.base) if recipe.base else teachers[0]
+    base = open_checkpoint(recipe.base) if recipe.base else None
+    teachers = tuple(open_teacher(teacher, base) for teacher in recipe.teachers)
+    base = base or teachers[0]
     for checkpoint in dict.fromkeys((base, *teachers)):
         must_fit(base, checkpoint)
         if check_values:
             checkpoint.check_finite()
     names = tuple(teacher.name for teacher in recipe.teachers)
     return Sources(base, teachers, names, tuple(differences(base, teachers)))
+
+
+def open_teacher(spec: TeacherSpec, base: Checkpoint | None) -> Checkpoint:
+    """A checkpoint, or a LoRA on top of the base.
+
+    Raises:
+        BadInput: neither of the two, a LoRA without a base, or a strength for what is no LoRA.
+    """
+    try:
+        checkpoint = open_checkpoint(spec.path)
+    except LoraGiven:
+        if base is None:
+            raise BadInput("is a LoRA, which teaches on top of a base", spec.path, "Give the recipe a base.") from None
+        return lora_teacher(spec.path, base, spec.strength)
+    if spec.strength != 1:
+        raise BadInput(f"is no LoRA, but has strength {spec.strength:g}", spec.path, "Leave the strength out.")
+    return checkpoint
 
 
 def must_fit(base: Checkpoint, other: Checkpoint) -> None:

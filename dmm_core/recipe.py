@@ -30,12 +30,16 @@ FREE = ("save_every", "device", "resident", "processes", "checkpointing", "chann
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """One checkpoint to learn from. ``weight`` is its share of the average that the student may start from."""
+    """One checkpoint to learn from, or a LoRA file, which is put on the recipe's base with ``strength``.
+
+    ``weight`` is its share of the average that the student may start from.
+    """
 
     shorthand: ClassVar[str] = "path"
     path: Path
     name: str = ""  # of its style; "" becomes the file's stem
     weight: Positive = 1.0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class HostStore:
             info = checkpoint.tensors.info[source.key]
             if info.path not in self._files:
                 self._files[info.path] = MappedFile(info.path)
-            yield key, source.take(self._files[info.path].tensor(info))
+            yield key, checkpoint.changed("unet", key, source.take(self._files[info.path].tensor(info)))
 
     def _held(self, tensor: Tensor) -> Tensor:
         """The tensor as it is held; the one that is there already if an equal one is."""

@@ -71,7 +71,7 @@ class Checkpoint:
 
     def unet(self) -> dict[str, Tensor]:
         """The UNet in diffusers' keys, without those of DMM."""
-        return read_part(self.tensors, self.parts["unet"])
+        return self._read("unet")
 
     def vae(self) -> dict[str, Tensor]:
         """The VAE in diffusers' keys. Raises NotACheckpoint where there is none."""
@@ -83,12 +83,20 @@ class Checkpoint:
         """A text encoder in transformers' keys. Raises NotACheckpoint where there is none."""
         if f"text_encoder_{index}" not in self.parts:
             raise NotACheckpoint(f"holds no text encoder number {index + 1}", self.path, "Use a full checkpoint.")
-        return read_part(self.tensors, self.parts[f"text_encoder_{index}"])
+        return self._read(f"text_encoder_{index}")
 
     def tensor(self, part: str, key: str) -> Tensor:
         """One tensor alone, e.g. ``("unet", "conv_in.weight")``; for work that goes tensor by tensor."""
         source = self.parts[part][key]
-        return source.take(self.tensors[source.key])
+        return self.changed(part, key, source.take(self.tensors[source.key]))
+
+    def changed(self, part: str, key: str, tensor: Tensor) -> Tensor:
+        """A tensor as this model has it, given as its file has it; where that differs, see ``LoraTeacher``."""
+        return tensor
+
+    def _read(self, part: str) -> dict[str, Tensor]:
+        state = read_part(self.tensors, self.parts[part])
+        return {key: self.changed(part, key, tensor) for key, tensor in state.items()}
 
     def codebook(self) -> Codebook | None:
         """The styles, in float32; None where this is no DMM model."""
