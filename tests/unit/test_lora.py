@@ -232,6 +232,7 @@ def test_command(folder, sd15, tmp_path, capsys):
 # ---------------------------------------------------------------- oracle
 
 
+@pytest.mark.slow
 def test_peft_makes_the_same_model(sd15, tmp_path):
     """A random LoRA that peft itself put into diffusers' UNet, saved by diffusers; the merged weights are equal."""
     peft = pytest.importorskip("peft")
