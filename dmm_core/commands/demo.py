@@ -13,7 +13,7 @@ HELP = "merge the shipped mini teachers here and now, and look at the result"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="dmm-demo", help="folder for everything that is made (dmm-demo)")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the merge (1200)")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the merge (700)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
 
 
