@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from dmm_core.errors import BadInput
 from dmm_core.presets import PRESETS
@@ -87,6 +86,8 @@ class MergeCheckpoints(io.ComfyNode):
         if not name.strip():
             return io.NodeOutput("", tuple(chosen))
         wanted = merging.recipe_of(name, chosen, base, preset, prompts, recipe)
+        from server import PromptServer  # there while nodes run, not wherever this package is imported
+
         node = cls.hidden.unique_id
         picture = merge_job.merge(wanted, replace, lambda text: PromptServer.instance.send_progress_text(text, node))
         merging.MADE.note(wanted.out)
