@@ -92,8 +92,9 @@ def test_sdxl_with_both_text_encoders(pack, tmp_path):
     clone, calls = counted(pack.host.apply(model, one))
     live = sample(clone, prompt, empty)
     assert calls == [2] * STEPS and torch.isfinite(live).all()
-    assert apart(live, sample(pack.host.bake(model, one), prompt, empty)) < 2e-4
-    assert apart(live, sample(model, prompt, empty)) > 1e-3
+    rounding = 1e-5 * live.abs().max().item()  # an untrained SDXL's latents grow beyond 100
+    assert apart(live, sample(pack.host.bake(model, one), prompt, empty)) < rounding
+    assert apart(live, sample(model, prompt, empty)) > 100 * rounding
     said = sample(model, pack.host.condition(prompt, one), pack.host.condition(empty, one))
     assert apart(live, said) < 2e-4
     with torch.inference_mode():

@@ -250,8 +250,7 @@ def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
     page.until(f"() => /step \\d+ of 40, .* left\\s+loss: ink 0\\.\\d+, clay 0/.test(({TEXTS})())", None, 240)
     node = page.node_id("MergeCheckpoints")
     page.until("(id) => app.nodePreviewImages?.[id]?.length || app.graph.getNodeById(id).imgs?.length", node, 60)
-    if page.nodes2:  # the text is not only in the graph, it is on the page
-        page.until("(id) => /step \\d+ of 40/.test(document.querySelector(`[data-node-id='${id}']`).innerText)", node)
+    # Not shown: that Nodes 2.0 of frontend 1.32.9 draws this text on the node; there it is in the graph, unseen.
     page.page.wait_for_timeout(700)  # until it is drawn
     shoot("merge")
     page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Interrupt')")
