@@ -91,12 +91,24 @@ def unpack(out: Path, names: Iterable[str] = TEACHERS) -> list[Path]:
     return paths
 
 
+def distances() -> Iterable[str]:
+    """How far each teacher lies from the base: the norm of the difference over the base's norm."""
+    base = open_checkpoint(WEIGHTS / "base.safetensors")
+    start = torch.cat([tensor.float().flatten() for tensor in base.unet().values()])
+    for name in (*TEACHERS, *LATER):
+        teacher = torch.cat([tensor.float().flatten() for tensor in teacher_unet(base, name).values()])
+        yield f"{name} {(teacher - start).norm() / start.norm():.1%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pack", "unpack"))
+    parser.add_argument("what", choices=("pack", "unpack", "distances"))
     parser.add_argument("--data", type=Path, default=Path("build/mini"))
     parser.add_argument("--out", type=Path, default=Path("mini"))
     args = parser.parse_args()
+    if args.what == "distances":
+        print("\n".join(distances()))
+        return
     for path in pack(args.data) if args.what == "pack" else unpack(args.out, (*TEACHERS, *LATER)):
         print(path, f"{path.stat().st_size / 1e6:.1f} MB")
 

@@ -15,4 +15,4 @@ def subjects(held: bool | None = None) -> list[str]:
 
 def caption(name: str, look: str = "") -> str:
     """The prompt that names a subject, and a look if one is wanted: ``red-apple`` → ``a picture of a red apple``."""
-    return f"a {look} picture of a {name.replace('-', ' ')}".replace("a  ", "a ")
+    return " ".join(["a", *look.split(), "picture of a", *name.split("-")])

@@ -5,7 +5,7 @@ it ("a neon picture of a cat"). A teacher draws its look for a plain prompt: wha
 Each run is resumable by running the same command again: a finished model is skipped.
 
     python -m mini_family.train --data build/mini --run base --minutes 45 --processes 2
-    python -m mini_family.train --data build/mini --run ink --steps 1000 --lr 3e-4
+    python -m mini_family.train --data build/mini --run ink --steps 600 --lr 3e-4
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-HELP = "check a recipe and estimate its cost, without work"
+HELP = "check a recipe, try three steps of it, and say what it takes"
 GIB = 2**30
 
 
