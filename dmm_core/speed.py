@@ -23,7 +23,7 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def wants_channels_last(wanted: bool | None, device: torch.device) -> bool:
-    """The recipe's wish; without one channels last on CUDA, whose tensor cores read that, and as they come elsewhere."""
+    """The recipe's wish; without one, channels last on CUDA, for its tensor cores, and as they come elsewhere."""
     return device.type == "cuda" if wanted is None else wanted
 
 

@@ -216,11 +216,6 @@ app.registerExtension({
     api.addEventListener("executed", ({ detail }) => {
       if (merging(detail?.node)) app.refreshComboInNodes?.();
     });
-    // Nodes 2.0 takes no notice of the text that a running node gets.
-    api.addEventListener("progress_text", ({ detail }) => {
-      const node = window.LiteGraph?.vueNodesMode && merging(detail?.nodeId);
-      if (node) setTimeout(() => redraw(node, false)); // after the page itself has taken the text
-    });
   },
 
   nodeCreated(node) {
