@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dmm_core.measure import Compared, commit, device_name, draw_compared, measure
-from dmm_core.recipe import recipe_from_dict
-from dmm_core.run import Merge, bench_of, prepare, work_folder
+from dmm_core.recipe import recipe_from_dict, work_folder
+from dmm_core.run import Merge, bench_of, prepare
 from mini_family import demo, family
 
 LOSSES = {"score": 0.0, "score + feature": 0.001}  # the paper's λ_feat

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from dmm_core.errors import BadInput
 from dmm_core.history import Losses
 from dmm_core.locks import Busy, Lock
-from dmm_core.recipe import Recipe
+from dmm_core.recipe import Recipe, work_folder
 
 EVERY = 0.5  # seconds between two lines of progress
 SHARE = 10  # a preview may take one part in so many of the time
@@ -109,7 +109,7 @@ def output_name(recipe: Recipe) -> str:
 
 
 def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, Any]:
-    from dmm_core.run import prepare, state_file, work_folder
+    from dmm_core.run import prepare, state_file
 
     state, stop_file = state_file(recipe), work_folder(recipe) / "stop"
     asked = lambda: events.gone or stop_file.exists()  # noqa: E731

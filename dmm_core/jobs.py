@@ -26,7 +26,7 @@ from typing import Any
 from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
-from dmm_core.recipe import FREE, Recipe
+from dmm_core.recipe import FREE, Recipe, work_folder
 
 LAST = ("done", "stopped", "failed")
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
@@ -148,7 +148,7 @@ def start(
             train in.
     """
     training = training or training_python()
-    work = recipe.work or Path(recipe.out).with_name(Path(recipe.out).stem + ".work")
+    work = work_folder(recipe)
     _require_free(recipe)
     if replace and not same_merge(recipe, work):
         shutil.rmtree(work, ignore_errors=True)

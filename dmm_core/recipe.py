@@ -177,6 +177,11 @@ def recipe_from_dict(
     return recipe
 
 
+def work_folder(recipe: Recipe) -> Path:
+    """Where unfinished work of this recipe lies: as it says itself, or beside the output."""
+    return recipe.work or recipe.out.with_name(recipe.out.stem + ".work")
+
+
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe as YAML (UTF-8, atomically, paths in full): loading it gives an equal recipe."""
     import yaml

@@ -21,7 +21,7 @@ from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
 from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
-from dmm_core.recipe import Recipe, dump_recipe
+from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.speed import quicken, wants_channels_last
@@ -105,13 +105,6 @@ class Merge:
         vae = build_vae(base, torch.float32).to(self.distillation.teachers.device)
         pictures = of_latents(vae, [pool.latents for pool in pools], [pool.prompt for pool in pools])
         return [{**entry, "thumbnail": uri} for entry, uri in zip(info, pictures, strict=True)]
-
-
-def work_folder(recipe: Recipe) -> Path:
-    if recipe.work is not None:
-        return recipe.work
-    out = Path(recipe.out)
-    return out.with_name(out.stem + ".work")
 
 
 def state_file(recipe: Recipe) -> Path:
