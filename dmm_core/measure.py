@@ -19,6 +19,7 @@ from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
 from dmm_core.models import Pipeline, encode_prompts
 from dmm_core.sample import decode, initial_noise, sample_latents
+from dmm_core.speed import side_by_side
 from dmm_core.style import lerp, one_hot
 from dmm_core.teachers import Teachers
 
@@ -59,16 +60,17 @@ class Bench:
         """Latents of the prompts; ``context`` holds the empty prompt's embedding last."""
         prompts, empty = context[:-1][rows], context[-1:]
         noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
-        parts = []
-        for k in range(0, len(prompts), 33):
-            part = slice(k, k + 33)
-            parts.append(
-                sample_latents(
-                    unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
-                    negative=empty.to(unet.device), style=style, prediction_type=self.student.prediction_type,
-                )
+
+        def draw(part: slice) -> Tensor:
+            return sample_latents(
+                unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
+                negative=empty.to(unet.device), style=style, prediction_type=self.student.prediction_type,
             )  # fmt: skip
-            self.done += len(parts[-1])
+
+        parts = []
+        for latents in side_by_side(draw, _chunks(len(prompts), 24), unet.device):
+            parts.append(latents)
+            self.done += len(latents)
             self.notify(self.what, self.done, len(self.prompts) * (3 * len(self.names) + 1))
         return torch.cat(parts)
 
@@ -98,14 +100,13 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
         t = ((torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count * TIMESTEPS).long()
         noise = torch.randn(x0.shape, generator=rng).to(x0.device)
         x_t, t = add_noise(x0, noise, t.to(x0.device)), t.to(x0.device)
-        wanted = _in_chunks(
-            lambda rows, i=index, x=x_t, s=t, p=prompt: bench.teachers.predict(i, x[rows], s[rows], p[rows])[0], count
-        )
+        own = bench.teachers.context(index, prompt)
+        wanted = _in_chunks(_predict(bench.teachers.unet(index), x_t, t, own, None), x_t)
         context = bench.context[prompt]
         style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
         labels = style.expand(count, -1)
-        mine = _in_chunks(_predict(bench.student.unet, x_t, t, context, labels), count)
-        plain = _in_chunks(_predict(bench.average, x_t, t, context, None), count)
+        mine = _in_chunks(_predict(bench.student.unet, x_t, t, context, labels), x_t)
+        plain = _in_chunks(_predict(bench.average, x_t, t, context, None), x_t)
         student_mse[name] = F.mse_loss(mine, wanted).item()
         average_mse[name] = F.mse_loss(plain, wanted).item()
     return score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
@@ -119,9 +120,12 @@ def _predict(unet: Any, x_t: Tensor, t: Tensor, context: Tensor, labels: Tensor 
     return rows
 
 
-@torch.no_grad()
-def _in_chunks(predict: Callable[[slice], Tensor], count: int, chunk: int = 48) -> Tensor:
-    return torch.cat([predict(slice(k, k + chunk)) for k in range(0, count, chunk)])
+def _in_chunks(predict: Callable[[slice], Tensor], x_t: Tensor) -> Tensor:
+    return torch.cat(list(side_by_side(predict, _chunks(len(x_t), 24), x_t.device)))
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(k, min(k + size, count)) for k in range(0, count, size)]
 
 
 @dataclass

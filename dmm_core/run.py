@@ -24,7 +24,7 @@ from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.sample import initial_noise, sample_latents
-from dmm_core.speed import quicken, wants_channels_last
+from dmm_core.speed import quicken, side_by_side, wants_channels_last
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -233,18 +233,20 @@ def teacher_latents(
         number = (
             torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
         )
-        parts = []
-        for start in range(0, count, chunk):
+        unet, nothing = teachers.unet(index), teachers.context(index, torch.tensor([len(prompts)]))
+
+        def draw(start: int, unet=unet, nothing=nothing, index=index, number=number) -> Tensor:
             rows = number[start : start + chunk]
             seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + start + i for i in range(len(rows))]
-            parts.append(
-                sample_latents(
-                    teachers.unet(index), teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
-                    cfg_scale=spec.cfg_scale, negative=teachers.context(index, torch.tensor([len(prompts)])),
-                    prediction_type=sources.base.prediction_type,
-                ).cpu()
-            )  # fmt: skip
-            notify("teachers draw their training data", index * count + start + len(rows), total)
+            return sample_latents(
+                unet, teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
+                cfg_scale=spec.cfg_scale, negative=nothing, prediction_type=sources.base.prediction_type,
+            ).cpu()  # fmt: skip
+
+        parts = []
+        for part in side_by_side(draw, range(0, count, chunk), teachers.device):
+            parts.append(part)
+            notify("teachers draw their training data", index * count + sum(map(len, parts)), total)
         pools.append(Pool(torch.cat(parts), number))
         if kept:
             save_cache(kept, prompts, pools[-1:])

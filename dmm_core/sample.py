@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmm_core.diffusion import SCHEDULER
 from dmm_core.models import Pipeline, encode_prompts
+from dmm_core.speed import side_by_side
 
 
 def initial_noise(seeds: Sequence[int], size: tuple[int, int] = (8, 8)) -> Tensor:
@@ -96,11 +97,14 @@ def sample(
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor, chunk: int = 48) -> np.ndarray:
+def decode(vae: Any, latents: Tensor, chunk: int = 24) -> np.ndarray:
     """Pictures uint8 (B, H, W, 3) of latents (B, 4, h, w) as the UNet sees them."""
     scale = getattr(vae.config, "scaling_factor", None) or 1.0
-    made = [vae.decode((part / scale).to(vae.dtype)).sample.float() for part in latents.split(chunk)]
+
+    def pictures(part: Tensor) -> Tensor:
+        return vae.decode((part / scale).to(vae.dtype)).sample.float()
+
+    made = list(side_by_side(pictures, latents.split(chunk), vae.device))
     pixels = ((torch.cat(made).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

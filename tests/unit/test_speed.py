@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +12,7 @@ from dmm_core.checkpoint import open_checkpoint
 from dmm_core.losses import BlockFeatures
 from dmm_core.lowrank import Adapters
 from dmm_core.models import build_unet
-from dmm_core.speed import REPEATED, quicken, to_device, wants_channels_last
+from dmm_core.speed import REPEATED, quicken, side_by_side, to_device, wants_channels_last
 from tests.unit.merges import built, tiny_teachers
 
 
@@ -78,3 +80,41 @@ def test_layout_is_chosen_by_device():
     assert wants_channels_last(True, torch.device("cpu")) and not wants_channels_last(False, torch.device("cuda"))
     (x,) = to_device((torch.ones(2),), torch.device("cpu"))
     assert x.device.type == "cpu"
+
+
+def test_work_side_by_side_keeps_its_order_its_bits_and_the_threads_of_the_process(teachers):
+    model, _ = unet(teachers[0])
+    x = torch.randn(5, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    seen = set()
+
+    def work(part):
+        assert not torch.is_grad_enabled()
+        seen.add(threading.get_ident())
+        return model(part, torch.tensor([10, 700]), torch.ones(2, 77, 64)).sample
+
+    try:
+        torch.set_num_threads(2)
+        made = list(side_by_side(work, list(x), torch.device("cpu")))
+        assert torch.get_num_threads() == 2 and threading.get_ident() not in seen
+        torch.set_num_threads(1)
+        alone = list(side_by_side(work, list(x), torch.device("cpu")))
+        assert threading.get_ident() in seen
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(made, alone, strict=True))
+
+
+def test_an_error_side_by_side_is_told_and_the_threads_come_back():
+    threads = torch.get_num_threads()
+
+    def work(item):
+        raise ValueError(item)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="first"):
+            list(side_by_side(work, ["first", "second"], torch.device("cpu")))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
