@@ -161,7 +161,8 @@ def make_venv(torch: str | None, venv: Path = VENV) -> None:
         code = "import sysconfig; print(ascii(sysconfig.get_path('purelib')))"
         own = subprocess.run([str(venv_python(venv)), "-c", code], capture_output=True, text=True, check=True).stdout
         # one line of code, and ASCII: lines of a .pth file that are bare paths are read in the locale's encoding
-        line = f"import sys; sys.path.extend({package_folders()!a})\n"
+        # and addsitedir: editable installs and start-up files of the host count as they do in the host
+        line = f"import site; list(map(site.addsitedir, {package_folders()!a}))\n"
         Path(ast.literal_eval(own), "zz-host.pth").write_text(line, encoding="ascii")
 
 

@@ -133,9 +133,12 @@ def test_how_old_a_torch_may_be(install, version, used):
 
 
 def test_the_hosts_packages_stand_behind_the_environments_own(install, tmp_path, monkeypatch):
-    """A real venv without pip: what the host has can be imported, and what the environment has wins."""
-    host = tmp_path / "höst" / "site-packages"
+    """A real venv without pip: what the host has, also by its .pth files, can be imported; what it has itself wins."""
+    host, editable = tmp_path / "höst" / "site-packages", tmp_path / "editable"
     host.mkdir(parents=True)
+    editable.mkdir()
+    (editable / "installed_editable.py").write_text("", encoding="utf-8")
+    (host / "started.pth").write_text(f"import sys; sys.path.append({str(editable)!a})\n", encoding="ascii")
     (host / "only_in_host.py").write_text("", encoding="utf-8")
     (host / "in_both.py").write_text("where = 'host'", encoding="utf-8")
 
@@ -147,7 +150,7 @@ def test_the_hosts_packages_stand_behind_the_environments_own(install, tmp_path,
     install.make_venv("2.8.0")
     own = next(install.VENV.rglob("zz-host.pth")).parent
     (own / "in_both.py").write_text("where = 'own'", encoding="utf-8")
-    code = "import only_in_host, in_both; print(in_both.where)"
+    code = "import only_in_host, in_both, installed_editable; print(in_both.where)"
     done = subprocess.run([str(install.venv_python()), "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "own", done.stderr
 
