@@ -54,6 +54,7 @@ class Plan:
     ram_bytes: int | None = None
     fits: bool | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    discriminator_parameters: int = 0  # of its body
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -185,6 +186,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     Raises:
         BadInput: as ``open_sources``; or too little room on the disk.
     """
+    from dmm_core.discriminator import encoder_parameters
     from dmm_core.trial import weights_bytes
 
     sources = open_sources(recipe)
@@ -193,7 +195,8 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     precision = choose_precision(spec.precision, device, spec.weights)
     count, total = parameters(sources.base), len(sources.teachers)
     resident = min(spec.resident or total, total)
-    memory = weights_bytes(spec, count, device, resident)
+    body = encoder_parameters(sources.base.shapes("unet")) if spec.adversarial else 0
+    memory = weights_bytes(spec, count, device, resident, body)
     size = sum(
         f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
     )
@@ -201,6 +204,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
     drawn = latents * 4 * side**2 * 2
     disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
+    disk += 12 * body if spec.discriminator == "full" else 0
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
@@ -209,7 +213,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     samples = spec.steps * spec.batch * min(spec.teachers_per_step or total, total)
     told = Plan(
         True, list(sources.names), sources.base.family, count, device, precision, memory, disk, spec.steps, samples,
-        warnings=list(sources.warnings), fits=bool(found) if tried else None,
+        warnings=list(sources.warnings), fits=bool(found) if tried else None, discriminator_parameters=body,
     )  # fmt: skip
     if not found:
         return told

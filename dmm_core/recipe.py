@@ -68,7 +68,8 @@ class TrainSpec:
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
-    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper
+    takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``; of the ``discriminator`` learns the head or all).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
     random; ``optimizer`` adamw8bit needs bitsandbytes or torchao; ``fused_backward`` updates each weight as soon as its
@@ -89,6 +90,9 @@ class TrainSpec:
     score: Positive = 1.0
     snr_power: Share = 0.0
     feature: NotNegative = 0.0
+    adversarial: NotNegative = 0.0
+    adversarial_lr: Positive | None = None
+    discriminator: Literal["head", "full"] = "head"
     weight_decay: NotNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     grad_clip: NotNegative = 1.0

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.data import LatentData, Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
-from dmm_core.distill import Distillation, StepResult
+from dmm_core.discriminator import discriminator_of
+from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
@@ -23,6 +24,7 @@ from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
+from dmm_core.result import StepResult
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
@@ -163,7 +165,8 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     ).to(teachers.device)  # fmt: skip
     quicken(student.unet, teachers.channels_last, spec.compile)
     precision = choose_precision(spec.precision, teachers.device.type, spec.weights)
-    return Distillation(student, teachers, data, context, spec, precision)
+    discriminator = discriminator_of(spec, sources.base, len(sources.names), teachers) if spec.adversarial else None
+    return Distillation(student, teachers, data, context, spec, precision, discriminator)
 
 
 def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
