@@ -35,7 +35,9 @@ class Batch:
         """The same samples in batches of at most ``rows``."""
         columns = (self.x_t, self.t, self.noise, self.prompt, *(self.again or ()))
         parts = zip(*(x.split(rows) for x in columns), strict=True)
-        return [Batch(self.teacher, *part[:4], part[4:] or None) for part in parts]
+        return [
+            Batch(self.teacher, x_t, t, noise, prompt, tuple(more) or None) for x_t, t, noise, prompt, *more in parts
+        ]
 
 
 @dataclass(frozen=True)

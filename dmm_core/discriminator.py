@@ -145,7 +145,7 @@ class Critic:
 
 
 def discriminator_of(spec: TrainSpec, base: Checkpoint, styles: int, teachers: Teachers) -> Discriminator:
-    """On the base's UNet, whose text encoder the student has too; a body that does not learn is as narrow as teachers."""
+    """On the base's UNet, whose text encoder the student has; a body that does not learn is as narrow as teachers."""
     trained = spec.discriminator == "full"
     dtype = torch.float32 if trained else teachers.dtype
     body = build_unet(base.unet_config, base.unet(), dtype, base.path, styled=False)

@@ -23,6 +23,7 @@ from dmm_core.diffusion import predict_x0
 from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory
 from dmm_core.errors import BadInput
+from dmm_core.extension import teachers_of_step
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
 from dmm_core.optim import StudentOptimizer
 from dmm_core.ranks import Alone
@@ -49,6 +50,7 @@ class Distillation:
         context: the student's own prompt embeddings (prompts + 1, 77, C), the empty prompt last.
         precision: "fp32", "bf16" or "fp16": what the student's passes are autocast to.
         discriminator: needed where ``spec.adversarial`` is not 0.
+        old: how many styles, the first ones, an earlier student teaches as it had them.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class Distillation:
         spec: TrainSpec,
         precision: str = "fp32",
         discriminator: Discriminator | None = None,
+        old: int = 0,
     ) -> None:
         if precision == "fp16" and spec.fused_backward:
             raise BadInput("train.fused_backward needs bf16 or fp32, and this device computes in fp16")
         self.student, self.teachers, self.data, self.context, self.spec = student, teachers, data, context, spec
+        self.old = old
         self.device = student.unet.device
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -166,10 +170,8 @@ class Distillation:
     # ------------------------------------------------------------ its parts
 
     def turn(self, step: int) -> list[int]:
-        """The teachers of a step: all of them, or the next ``teachers_per_step`` in a circle."""
-        total = len(self.teachers)
-        count = min(self.spec.teachers_per_step or total, total)
-        return [(step * count + i) % total for i in range(count)]
+        """The teachers of a step."""
+        return teachers_of_step(self.spec, step, len(self.teachers), self.old)
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
         """Batches that go through the student together: whole ones as long as ``economy.rows`` holds one."""
