@@ -29,11 +29,15 @@ class Batch:
     t: Tensor  # (B,)
     noise: Tensor  # (B, 4, h, w)
     prompt: Tensor  # (B,) numbers of prompts; the last prompt is the empty one
+    again: tuple[Tensor, ...] | None = None  # t (B,) and noise (B, 4, h, w) that diffuse x̂0 for the discriminator
 
     def split(self, rows: int) -> list[Batch]:
         """The same samples in batches of at most ``rows``."""
-        parts = zip(*(x.split(rows) for x in (self.x_t, self.t, self.noise, self.prompt)), strict=True)
-        return [Batch(self.teacher, *part) for part in parts]
+        columns = (self.x_t, self.t, self.noise, self.prompt, *(self.again or ()))
+        parts = zip(*(x.split(rows) for x in columns), strict=True)
+        return [
+            Batch(self.teacher, x_t, t, noise, prompt, tuple(more) or None) for x_t, t, noise, prompt, *more in parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,11 @@ class LatentData:
         self.pools = list(pools)
         self.prompt_drop = prompt_drop
 
-    def draw(self, teacher: int, rows: int, rng: torch.Generator) -> Batch:
-        """``rows`` noised samples for a teacher. The one place where noise, timestep and prompt drop are drawn."""
+    def draw(self, teacher: int, rows: int, rng: torch.Generator, again: bool = False) -> Batch:
+        """``rows`` noised samples for a teacher. The one place where noise, timestep and prompt drop are drawn.
+
+        ``again``: with what diffuses a clean prediction a second time.
+        """
         pool = self.pools[teacher % len(self.pools)]
         pick = torch.randint(len(pool.latents), (rows,), generator=rng)
         x0 = pool.latents[pick].float()
@@ -67,7 +74,10 @@ class LatentData:
         t = torch.randint(TIMESTEPS, (rows,), generator=rng)
         dropped = torch.rand(rows, generator=rng) < self.prompt_drop
         prompt = torch.where(dropped, len(self.prompts) - 1, pool.prompt[pick])
-        return Batch(teacher, add_noise(x0, noise, t), t, noise, prompt)
+        more = (
+            (torch.randint(TIMESTEPS, (rows,), generator=rng), torch.randn(x0.shape, generator=rng)) if again else None
+        )
+        return Batch(teacher, add_noise(x0, noise, t), t, noise, prompt, more)
 
 
 # ---------------------------------------------------------------- prompts

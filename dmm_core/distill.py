@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,48 +19,19 @@ from torch import Tensor
 
 from dmm_core import resume
 from dmm_core.data import Batch, LatentData
+from dmm_core.diffusion import predict_x0
+from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory
 from dmm_core.errors import BadInput
+from dmm_core.extension import teachers_of_step
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
 from dmm_core.optim import StudentOptimizer
 from dmm_core.ranks import Alone
 from dmm_core.recipe import TrainSpec
+from dmm_core.result import LOSSES, StepResult
 from dmm_core.speed import to_device
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did. ``score`` and ``feature`` are means a teacher over its rows of this step.
-
-    Losses are read from the device when they are first asked for; steps whose losses nobody reads need not wait.
-    """
-
-    step: int
-    samples_seen: int
-    lr: float
-    warnings: tuple[str, ...]
-    tally: Tensor  # (teachers, 3): sums of score and feature loss, rows
-    names: Sequence[str]
-    spec: TrainSpec
-
-    @cached_property
-    def means(self) -> dict[str, tuple[float, float]]:
-        rows = zip(self.names, self.tally.tolist(), strict=True)
-        return {name: (score / count, feature / count) for name, (score, feature, count) in rows if count}
-
-    @property
-    def score(self) -> dict[str, float]:
-        return {name: score for name, (score, _) in self.means.items()}
-
-    @property
-    def feature(self) -> dict[str, float]:
-        return {name: feature for name, (_, feature) in self.means.items()} if self.spec.feature > 0 else {}
-
-    @property
-    def loss(self) -> float:
-        return sum(self.spec.score * s + self.spec.feature * f for s, f in self.means.values()) / len(self.means)
 
 
 @dataclass(frozen=True)
@@ -79,6 +49,8 @@ class Distillation:
     Args:
         context: the student's own prompt embeddings (prompts + 1, 77, C), the empty prompt last.
         precision: "fp32", "bf16" or "fp16": what the student's passes are autocast to.
+        discriminator: needed where ``spec.adversarial`` is not 0.
+        old: how many styles, the first ones, an earlier student teaches as it had them.
     """
 
     def __init__(
@@ -89,16 +61,20 @@ class Distillation:
         context: Tensor,
         spec: TrainSpec,
         precision: str = "fp32",
+        discriminator: Discriminator | None = None,
+        old: int = 0,
     ) -> None:
         if precision == "fp16" and spec.fused_backward:
             raise BadInput("train.fused_backward needs bf16 or fp32, and this device computes in fp16")
         self.student, self.teachers, self.data, self.context, self.spec = student, teachers, data, context, spec
+        self.old = old
         self.device = student.unet.device
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         unet, codebook = student.learning()
         self.learned = [*unet, *codebook]
         self.optimizer = StudentOptimizer([(unet, spec.lr), (codebook, spec.style_lr or spec.lr)], spec, self.device)
+        self.critic = Critic(discriminator, spec, self.device, precision) if discriminator else None
         self.ranks = Alone()
         self.weights = timestep_weights(spec.snr_power)
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
@@ -113,13 +89,17 @@ class Distillation:
     def step(self) -> StepResult:
         """One optimizer step. Where memory runs out, it is made again on the same samples, more sparingly."""
         before, warnings = self.rng.get_state(), []
-        self.optimizer.begin(lr_factor(self.step_count, self.spec), self.step_count)
+        for optimizer in self.optimizers:
+            optimizer.begin(lr_factor(self.step_count, self.spec), self.step_count)
         while (tally := self.accumulate()) is None:
             self.rng.set_state(before)
             warnings.append(self.economy.give_up_something())
             self.be_sparing()
         self.ranks.add_gradients(self.learned)
         self.optimizer.step(self.scaler)
+        if self.critic:
+            self.critic.step(self.scaler, self.ranks)
+        self.scaler.update()
         self.update_average()
         self.samples_seen += len(self.turn(self.step_count)) * self.spec.batch
         self.step_count += 1
@@ -130,9 +110,11 @@ class Distillation:
 
     def accumulate(self) -> Tensor | None:
         """Gradients of one step: every teacher says its ε, the student learns it. None where memory ran out."""
-        batches = [self.data.draw(teacher, self.spec.batch, self.rng) for teacher in self.turn(self.step_count)]
-        tally = torch.zeros(len(self.student.codebook), 3, device=self.device)
-        self.optimizer.zero_grad()
+        turn, again = self.turn(self.step_count), self.critic is not None
+        batches = [self.data.draw(teacher, self.spec.batch, self.rng, again) for teacher in turn]
+        tally = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         parts = list(self.parts(self.ranks.mine(batches)))
         later = self.ranks.mine(self.turn(self.step_count + 1))
         self.teachers.expect([*(batch.teacher for part in parts for batch in part), *later])
@@ -153,9 +135,9 @@ class Distillation:
         return Target(batch, eps, features)
 
     def learn(self, targets: list[Target], share: int) -> Tensor:
-        """Add the gradient of L = L_score + λ_feat L_feat over these targets; ``share`` teachers make up the step.
+        """Add the gradient of L = L_score + λ_feat L_feat + λ_adv L_adv over these targets, and the discriminator's.
 
-        Returns sums of score and feature loss and the number of rows, (teachers, 3).
+        ``share`` teachers make up the step. Returns sums of LOSSES and the number of rows, (teachers, 5).
         """
         rows = torch.tensor([len(target.batch.t) for target in targets])
         which = torch.tensor([target.batch.teacher for target in targets]).repeat_interleave(rows)
@@ -165,23 +147,31 @@ class Distillation:
         x_t, t, context, styles, weights = to_device(host, self.device)
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
-        score = score_loss(eps, torch.cat([target.eps for target in targets]))
+        wanted = torch.cat([target.eps for target in targets])
+        score = score_loss(eps, wanted)
         loss = self.spec.score * score * weights
-        feature = torch.zeros_like(score)
+        feature = adversarial = discriminator = torch.zeros_like(score)
+        scaled = lambda rows: self.scaler.scale(rows.sum() / (share * self.spec.batch))  # noqa: E731
         if self.spec.feature > 0:
             teacher_features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
             feature = feature_loss(blocks.take(), teacher_features)
             loss = loss + self.spec.feature * feature
-        self.scaler.scale(loss.sum() / (share * self.spec.batch)).backward()
-        return styles.T @ torch.stack([score.detach(), feature.detach(), torch.ones_like(score)], 1)
+        if self.critic:
+            again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
+            t_again, noise, style = to_device((*again, which), self.device)
+            mine, theirs = (predict_x0(x_t, e.float(), t) for e in (eps, wanted))
+            adversarial = self.critic.fool(mine, t_again, noise, context, style)
+            loss = loss + self.spec.adversarial * adversarial
+            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
+        scaled(loss).backward()
+        sums = (score, feature, adversarial, discriminator, torch.ones_like(score))
+        return styles.T @ torch.stack([x.detach() for x in sums], 1)
 
     # ------------------------------------------------------------ its parts
 
     def turn(self, step: int) -> list[int]:
-        """The teachers of a step: all of them, or the next ``teachers_per_step`` in a circle."""
-        total = len(self.teachers)
-        count = min(self.spec.teachers_per_step or total, total)
-        return [(step * count + i) % total for i in range(count)]
+        """The teachers of a step."""
+        return teachers_of_step(self.spec, step, len(self.teachers), self.old)
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
         """Batches that go through the student together: whole ones as long as ``economy.rows`` holds one."""
@@ -190,6 +180,10 @@ class Distillation:
         size = max(1, rows // whole)
         for start in range(0, len(pieces), size):
             yield pieces[start : start + size]
+
+    @property
+    def optimizers(self) -> list[StudentOptimizer]:
+        return [self.optimizer, *([self.critic.optimizer] if self.critic else [])]
 
     def autocast(self):
         """For float32 weights under another precision; bfloat16 weights, like the teachers', compute in their type."""
@@ -203,6 +197,8 @@ class Distillation:
         self.teachers.keep(self.economy.resident)
         if self.economy.checkpointing:
             self.student.unet.train().enable_gradient_checkpointing()  # older diffusers do it in train mode alone
+        if self.critic:
+            self.critic.be_sparing(self.economy.checkpointing)
         if self.economy.steps_down:
             gc.collect()
             if self.device.type == "cuda":

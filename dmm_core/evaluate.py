@@ -25,7 +25,8 @@ MAX_BOOTSTRAP_DIM = 512  # above it one distance takes seconds
 class Evaluation:
     """What :func:`evaluate_pictures` measured. Matrices are (N, N): row = whose pictures, column = teacher (seeds B).
 
-    ``average_row`` (N,) holds the weight average's distance from each teacher. Errors are one standard deviation over
+    ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's.
+    Errors are one standard deviation over
     ``bootstrap`` resamples, None without any.
     """
 
@@ -43,6 +44,7 @@ class Evaluation:
     ratio_error: float | None
     average_ratio_error: float | None
     style_ratio_errors: tuple[float | None, ...]
+    before_row: np.ndarray | None = None
 
     @property
     def fid_t(self) -> float:
@@ -81,6 +83,7 @@ class Evaluation:
                 "reference": float(self.reference[i, i]),
                 "ratio": float(self.matrix[i, i] / self.reference[i, i]),
                 "ratio_error": self.style_ratio_errors[i],
+                "before": None if self.before_row is None else float(self.before_row[i]),
                 "weight_average": None if self.average_row is None else float(self.average_row[i]),
                 "floor": float(self.floors[i]),
                 "nearest_own_teacher": self.row_wins[i],
@@ -97,6 +100,7 @@ def evaluate_pictures(
     average: Pictures | None = None,
     extractor: Extractor | None = None,
     *,
+    before: Pictures | None = None,
     bootstrap: int | None = None,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
@@ -109,6 +113,7 @@ def evaluate_pictures(
         reference: each teacher with seeds A: the prompts and seeds of ``student``.
         average: the plain average of the teachers' weights, sampled like the student.
         extractor: what measures; the best of this machine if left out.
+        before: an earlier student, which may not have all of the styles, sampled like the student.
         bootstrap: resamples for the error bars; left out: 100, or none where features are too long for it.
         seed: of the resampling and of the halves that the floor compares.
         on_progress: told what is being done, in a few words.
@@ -117,7 +122,8 @@ def evaluate_pictures(
         BadInput: a style without pictures in one of the sets, or sets of different size.
     """
     sets = {"student": student, "teachers": teachers, "reference": reference}
-    styles, count = _check(sets if average is None else {**sets, "weight average": average})
+    further = {"weight average": average, "earlier student": before}
+    styles, count = _check({**sets, **{what: pictures for what, pictures in further.items() if pictures is not None}})
     tell = on_progress or (lambda _: None)
     network = extractor or Extractor.find()
     resamples = bootstrap if bootstrap is not None else 100 if network.dim <= MAX_BOOTSTRAP_DIM else 0
@@ -133,7 +139,10 @@ def evaluate_pictures(
     tell("distances")
     gauss_b = [Gaussian.of(f) for f in b]
     matrix, own = (frechet_matrix([Gaussian.of(f) for f in rows], gauss_b) for rows in (s, r))
-    row = None if w is None else np.array([frechet(f, g) for f, g in zip(w, gauss_b, strict=True)])
+    row, row_before = (
+        None if rows is None else np.array([frechet(f, g) for f, g in zip(rows, gauss_b, strict=True)])
+        for rows in (w, features("earlier student", before) if before is not None else None)
+    )
     tell("error bars")
     errors = ratio_errors(bootstrap_distances([s, r] + ([w] if w else []), b, resamples, seed))
     return Evaluation(
@@ -151,6 +160,7 @@ def evaluate_pictures(
         ratio_error=errors[0],
         average_ratio_error=errors[1],
         style_ratio_errors=errors[2],
+        before_row=row_before,
     )
 
 

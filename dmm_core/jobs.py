@@ -200,7 +200,7 @@ def same_merge(recipe: Recipe, work: Path) -> bool:
 
 def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the result of a merge, of a recipe as a plain mapping."""
-    kept = {key: recipe.get(key) for key in ("teachers", "base", "default_style", "data")}
+    kept = {key: recipe.get(key) for key in ("teachers", "base", "student", "default_style", "data")}
     train = recipe.get("train") or {}
     return {**kept, "train": {key: value for key, value in train.items() if key not in FREE}}
 

@@ -81,6 +81,14 @@ class Bench:
     def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
         return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows)
 
+    def in_styles_of(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Pictures of the student in styles of another; what it does not have, it draws in its default style."""
+        made = {name: decode(self.student.vae, self.of_student(one_hot(self.names, name))) for name in self.names}
+        if set(names) - set(self.names):
+            default = decode(self.student.vae, self.of_student(self.codebook.default))
+            made |= dict.fromkeys(set(names) - set(self.names), default)
+        return {name: made[name] for name in names}
+
     def of_average(self, seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
         return self.sample(self.average, self.context, seeds, rows=rows)
 
@@ -155,19 +163,26 @@ def draw_compared(bench: Bench) -> Compared:
 
 
 def measure(
-    bench: Bench, began: float, samples_seen: int | None = None, compared: Compared | None = None, **more: Any
+    bench: Bench,
+    began: float,
+    samples_seen: int | None = None,
+    compared: Compared | None = None,
+    before: Bench | None = None,
+    **more: Any,
 ) -> Measured:
     """Sample all sets, compare them, and close the report. ``began`` is what ``time.monotonic()`` gave at the start.
 
     The training data never held the latents of the bench's prompts: they are drawn here, with other seeds. ``compared``
     is what ``draw_compared`` gave for the same bench, where several students are measured against the same teachers.
+    ``before``: the same bench with an earlier student in the student's place.
     """
     compared = compared or draw_compared(bench)
     of_student = {name: bench.of_student(one_hot(bench.names, name)) for name in bench.names}
     student = {name: decode(bench.student.vae, z) for name, z in of_student.items()}
     evaluation = evaluate_pictures(
-        student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average)
-    )
+        student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average),
+        before=before.in_styles_of(bench.names) if before else None,
+    )  # fmt: skip
     report = to_report(
         evaluation, gap=probe_gap(bench, compared.latents_b), seconds=round(time.monotonic() - began, 1),
         samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),

@@ -138,7 +138,7 @@ class StudentOptimizer:
             p.grad = None
 
     def step(self, scaler: Any) -> None:
-        """Clip and update, unless the backward pass has done so."""
+        """Clip and update, unless the backward pass has done so; ``scaler.update`` is the caller's."""
         if self.spec.fused_backward:
             return
         (optimizer,) = self.optimizers
@@ -146,7 +146,6 @@ class StudentOptimizer:
         if self.spec.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.grad_clip)
         scaler.step(optimizer)
-        scaler.update()
 
     @torch.no_grad()
     def _step_inside(self, p: Tensor) -> None:

@@ -26,6 +26,12 @@ class Sources:
     teachers: tuple[Checkpoint, ...]
     names: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    earlier: Checkpoint | None = None  # the DMM file whose styles come first, each of them its own teacher
+
+    @property
+    def old(self) -> int:
+        """How many styles the student had before."""
+        return len(self.earlier.styles) if self.earlier else 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Plan:
     ram_bytes: int | None = None
     fits: bool | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    discriminator_parameters: int = 0  # of its body
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -90,6 +97,10 @@ def open_sources(recipe: Recipe, check_values: bool = True) -> Sources:
         BadInput: the first file that cannot be read, is no checkpoint, has NaN, or does not fit the others.
     """
     base = open_checkpoint(recipe.base) if recipe.base else None
+    if recipe.student:
+        from dmm_core.extension import open_extended
+
+        return open_extended(recipe, base, check_values)
     teachers = tuple(open_teacher(teacher, base) for teacher in recipe.teachers)
     base = base or teachers[0]
     for checkpoint in dict.fromkeys((base, *teachers)):
@@ -146,7 +157,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
     """What can be merged and may surprise: another VAE or text encoder than the base's."""
-    others = [teacher for teacher in teachers if teacher is not base]
+    others = [teacher for teacher in teachers if teacher.path != base.path]
     encoder = base.text_encoder(0)
     found = [
         f"{teacher.path.name} has another text encoder than {base.path.name}, whose text encoder the student keeps."
@@ -185,6 +196,8 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     Raises:
         BadInput: as ``open_sources``; or too little room on the disk.
     """
+    from dmm_core.discriminator import encoder_parameters
+    from dmm_core.extension import teachers_of_step
     from dmm_core.trial import weights_bytes
 
     sources = open_sources(recipe)
@@ -192,8 +205,10 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device, spec.weights)
     count, total = parameters(sources.base), len(sources.teachers)
-    resident = min(spec.resident or total, total)
-    memory = weights_bytes(spec, count, device, resident)
+    different = len({teacher.path for teacher in sources.teachers})  # old styles share the earlier student's weights
+    resident = min(spec.resident or different, different)
+    body = encoder_parameters(sources.base.shapes("unet")) if spec.adversarial else 0
+    memory = weights_bytes(spec, count, device, resident, body)
     size = sum(
         f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
     )
@@ -201,15 +216,16 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
     drawn = latents * 4 * side**2 * 2
     disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
+    disk += 12 * body if spec.discriminator == "full" else 0
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
             f"needs {disk / GIB:.1f} GiB of room, and the disk has less", folder, "Free some, or choose another place."
         )
-    samples = spec.steps * spec.batch * min(spec.teachers_per_step or total, total)
+    samples = spec.steps * spec.batch * len(teachers_of_step(spec, 0, total, sources.old))
     told = Plan(
         True, list(sources.names), sources.base.family, count, device, precision, memory, disk, spec.steps, samples,
-        warnings=list(sources.warnings), fits=bool(found) if tried else None,
+        warnings=list(sources.warnings), fits=bool(found) if tried else None, discriminator_parameters=body,
     )  # fmt: skip
     if not found:
         return told

@@ -16,17 +16,19 @@ SUBJECTS = 10  # columns of styles.png
 PAIRS = 3  # rows of mix.png
 
 
-def present(out: Path, measured: Measured, gallery: Bench, file: Path) -> list[Path]:
+def present(out: Path, measured: Measured, gallery: Bench, file: Path, before: Bench | None = None) -> list[Path]:
     """Write styles.png, mix.png, fid.png, report.html and report.json.
 
     Args:
         gallery: the measured student and teachers, asked the prompts that become the columns of styles.png.
+        before: the same with an earlier student.
     """
     names, vae = gallery.names, gallery.student.vae
     labels = [subject(prompt) for prompt in gallery.prompts]
     teachers = {name: decode(vae, gallery.of_teacher(i, SEEDS_A)) for i, name in enumerate(names)}
     students = {name: decode(vae, gallery.of_student(one_hot(names, name))) for name in names}
-    styles = StyleGrid(labels, teachers, students, decode(vae, gallery.of_average()))
+    earlier = before.in_styles_of(names) if before else {}
+    styles = StyleGrid(labels, teachers, students, decode(vae, gallery.of_average()), earlier)
     strips = []
     for row in range(min(PAIRS, len(labels)) if len(names) > 1 else 0):
         pair = (names[2 * row % len(names)], names[(2 * row + 1 + row // 2) % len(names)])

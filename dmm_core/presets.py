@@ -81,7 +81,10 @@ def with_preset(data: Any, source: str | Path) -> Any:
         raise RecipeError(f"preset: there is no {name!r}", source, f"The presets are {', '.join(PRESETS)}.")
     teachers = data.get("teachers")
     filled = dict(data)
-    for section, values in PRESETS[name].fill(len(teachers) if isinstance(teachers, list | tuple) else 1).items():
+    count = len(teachers) if isinstance(teachers, list | tuple) else 1
+    if data.get("student"):
+        count *= 2  # as many rows of old styles again
+    for section, values in PRESETS[name].fill(count).items():
         given = data.get(section)
         if given is None or isinstance(given, Mapping):  # anything else is a fault that the reader tells
             filled[section] = {**values, **(given or {})}

@@ -68,7 +68,9 @@ class TrainSpec:
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
-    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``.
+    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
+    paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, 0: none).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
     random; ``optimizer`` adamw8bit needs bitsandbytes or torchao; ``fused_backward`` updates each weight as soon as its
@@ -89,6 +91,10 @@ class TrainSpec:
     score: Positive = 1.0
     snr_power: Share = 0.0
     feature: NotNegative = 0.0
+    adversarial: NotNegative = 0.0
+    adversarial_lr: Positive | None = None
+    discriminator: Literal["head", "full"] = "head"
+    regularize: CountOrNone | None = None
     weight_decay: NotNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     grad_clip: NotNegative = 1.0
@@ -124,6 +130,7 @@ class EvaluateSpec:
 class Recipe:
     """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does).
 
+    With ``student``, a DMM file, the teachers are added to its styles, and ``base`` is what LoRA files are put on.
     ``preset`` fills what is left out (``dmm_core/presets.py``); ``work`` is the folder for what a resume needs (None:
     beside the output).
     """
@@ -131,6 +138,7 @@ class Recipe:
     teachers: tuple[TeacherSpec, ...]
     out: Path
     base: Path | None = None
+    student: Path | None = None
     title: str | None = None
     default_style: dict[str, float] | None = None
     include_recipe: bool = True
@@ -205,7 +213,7 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         demand(name not in names[:i], told, "Give each teacher a name of its own.")
     style = recipe.default_style
     if style is not None:
-        for name in style:
+        for name in style if recipe.student is None else ():  # old styles are known once the file is open
             demand(name in names, f"default_style: no teacher is called {name!r}", f"They are: {', '.join(names)}.")
         demand(abs(sum(style.values())) > 1e-6, f"default_style: the weights sum to 0, got {style}")
     data, train, total = recipe.data, recipe.train, len(names)
@@ -214,9 +222,14 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
     )
     demand(data.size is None or data.size % 8 == 0, f"data.size: expected a multiple of 8, got {data.size}")
     demand(train.start != "base" or recipe.base is not None, "base is missing, and train.start base needs it")
+    told = "train.start: expected nothing with student, from which the training starts, got base"
+    demand(train.start != "base" or recipe.student is None, told)
     for key in ("teachers_per_step", "micro", "resident"):
         value = getattr(train, key)
-        demand((value or 1) <= total, f"train.{key}: expected at most the {total} teachers there are, got {value}")
+        demand(
+            (value or 1) <= total or recipe.student is not None,
+            f"train.{key}: expected at most the {total} teachers there are, got {value}",
+        )
     if train.fused_backward:
         for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
@@ -230,7 +243,7 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
 
 
 def _check_files(recipe: Recipe, source: str | Path) -> None:
-    inputs = {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(recipe.teachers)}
-    inputs |= {"base": recipe.base, "data.path": recipe.data.path, "data.prompts": recipe.data.prompts}  # type: ignore[dict-item]
-    inputs |= {"evaluate.prompts": recipe.evaluate.prompts}  # type: ignore[dict-item]
+    inputs: dict[str, Path | None] = {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(recipe.teachers)}
+    inputs |= {"student": recipe.student, "base": recipe.base, "evaluate.prompts": recipe.evaluate.prompts}
+    inputs |= {"data.path": recipe.data.path, "data.prompts": recipe.data.prompts}
     check_paths(inputs, recipe.out, source)

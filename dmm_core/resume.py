@@ -23,6 +23,7 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in run.student.learned().items()}
     tensors |= {f"average.{i}": v for i, v in enumerate(run.average)}
     tensors |= {f"optimizer.{k}": v for k, v in run.optimizer.state().items()}
+    tensors |= run.critic.state() if run.critic else {}
     tensors["rng"] = run.rng.get_state()
     about = {"step": run.step_count, "samples_seen": run.samples_seen, "scaler": run.scaler.state_dict()}
     if run.economy.steps_down:
@@ -69,6 +70,8 @@ def load(run: Distillation, path: Path) -> None:
         for i, mine in enumerate(run.average):
             mine.copy_(parts["average"][str(i)])
         run.optimizer.load_state(parts["optimizer"])
+        if run.critic:
+            run.critic.load_state(parts["critic"], parts["critic_optimizer"])
     except KeyError as error:  # 8-bit moments of another library have other names
         raise BadInput(f"has no {error.args[0]}", path, "Resume where it was made: with the same libraries.") from error
     run.rng.set_state(tensors["rng"])

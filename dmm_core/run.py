@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.data import LatentData, Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
-from dmm_core.distill import Distillation, StepResult
+from dmm_core.discriminator import discriminator_of
+from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
@@ -23,6 +24,7 @@ from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
+from dmm_core.result import StepResult
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.speed import quicken, side_by_side, wants_channels_last
 from dmm_core.student import Student
@@ -92,10 +94,9 @@ class Merge:
 
     def style_info(self) -> list[dict[str, str]]:
         """Name, teacher file and its hash for every style, as the DMM file's metadata has them."""
-        return [
-            {"name": name, "teacher": teacher.path.name, "sha256": teacher.sha256()}
-            for name, teacher in zip(self.sources.names, self.sources.teachers, strict=True)
-        ]
+        old = self.sources.earlier.style_info if self.sources.earlier else []
+        new = list(zip(self.sources.names, self.sources.teachers, strict=True))[len(old) :]
+        return [*old, *({"name": name, "teacher": t.path.name, "sha256": t.sha256()} for name, t in new)]
 
     def shown_styles(self) -> list[dict[str, str]]:
         """``style_info`` with a thumbnail each, where every teacher drew latents of its own and there is a VAE."""
@@ -104,7 +105,7 @@ class Merge:
             return info
         vae = build_vae(base, torch.float32).to(self.distillation.teachers.device)
         pictures = of_latents(vae, [pool.latents for pool in pools], [pool.prompt for pool in pools])
-        return [{**entry, "thumbnail": uri} for entry, uri in zip(info, pictures, strict=True)]
+        return [{"thumbnail": uri, **entry} for entry, uri in zip(info, pictures, strict=True)]
 
 
 def state_file(recipe: Recipe) -> Path:
@@ -160,14 +161,18 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     student = Student.start(
         sources.base, start_tensors(recipe, sources), sources.names, recipe.default_style, spec.seed,
         {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.weights], spec.rank if spec.student == "lora" else None,
+        sources.earlier.codebook() if sources.earlier else None,
     ).to(teachers.device)  # fmt: skip
     quicken(student.unet, teachers.channels_last, spec.compile)
     precision = choose_precision(spec.precision, teachers.device.type, spec.weights)
-    return Distillation(student, teachers, data, context, spec, precision)
+    discriminator = discriminator_of(spec, sources.base, len(sources.names), teachers) if spec.adversarial else None
+    return Distillation(student, teachers, data, context, spec, precision, discriminator, sources.old)
 
 
 def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
-    """The student's first UNet: the weighted average of the teachers, or the base."""
+    """The student's first UNet: its own of before, the weighted average of the teachers, or the base."""
+    if sources.earlier:
+        return {key: tensor.float() for key, tensor in sources.earlier.unet().items()}
     if recipe.train.start == "base":
         return {key: tensor.float() for key, tensor in sources.base.unet().items()}
     return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers])

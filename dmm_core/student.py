@@ -41,18 +41,21 @@ class Student(nn.Module):
     @classmethod
     def start(
         cls, like: Checkpoint, tensors: dict[str, Tensor], names: tuple[str, ...], default: Mix | None, seed: int,
-        dtype: torch.dtype = torch.float32, rank: int | None = None,
+        dtype: torch.dtype = torch.float32, rank: int | None = None, earlier: Codebook | None = None,
     ) -> Student:  # fmt: skip
         """An untrained student from a UNet's tensors (base, or average of the teachers): every style is that UNet.
 
         Args:
             dtype: of the UNet's weights; codebook and adapters are float32.
             rank: of the adapters; None trains the UNet itself.
+            earlier: a codebook whose styles come first in ``names``, and stay as they are until training moves them.
         """
         unet = build_unet(like.unet_config, tensors, dtype, like.path, styled=True).requires_grad_(rank is None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             codebook = Codebook(names, unet.time_embedding.linear_2.out_features, default)
+        if earlier is not None:
+            codebook.take_over(earlier)
         return cls(unet, codebook, None if rank is None else Adapters(unet, rank, seed))
 
     def learning(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -90,6 +90,21 @@ class Codebook(nn.Module):
         return self.style(self.default)
 
     @torch.no_grad()
+    def take_over(self, earlier: Codebook) -> None:
+        """Get the MLP of an earlier codebook, and its rows for the first styles. DMM (arXiv:2504.12364) §3.5.
+
+        The styles that are new keep their random rows.
+
+        Raises:
+            StyleError: these styles do not begin with the earlier ones.
+        """
+        count = len(earlier)
+        if self.names[:count] != earlier.names:
+            raise StyleError(f"the styles {list(self.names)} do not begin with {list(earlier.names)}")
+        self.model_embedding.weight[:count] = earlier.model_embedding.weight
+        self.add_embedding.load_state_dict(earlier.add_embedding.state_dict())
+
+    @torch.no_grad()
     def fold(self) -> Tensor:
         """Make the default style this codebook's zero; returns what the UNet's ``time_embed.2.bias`` must gain, (d,).
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.extension import StyleTeacher
 from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_text_encoder, build_unet, encode_prompts, require_sd15
 from dmm_core.residency import HostStore, Slot, host_store
 from dmm_core.speed import quicken, to_device
+from dmm_core.student import TIME_BIAS
 
 
 class Teachers:
@@ -77,11 +79,19 @@ class Teachers:
             slot = self._unets.popitem(last=False)[1]
             slot.fill(tensors)
         else:
-            copies = {k: v.to(self.device, self.dtype, copy=not stay) for k, v in tensors.items()}
+            there = self._shared(checkpoint) if stay else {}
+            copies = {k: there.get(k, v).to(self.device, self.dtype, copy=not stay) for k, v in tensors.items()}
             unet = build_unet(checkpoint.unet_config, copies, self.dtype, checkpoint.path, styled=False)
             quicken(unet, self.channels_last, self.compiled)
             slot = Slot(unet, {} if stay else tensors, self._stream)
         self._unets[index] = slot
+
+    def _shared(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """What the device has of a teacher that is another style of a file that is there: all but the style."""
+        for index, slot in self._unets.items():
+            if isinstance(checkpoint, StyleTeacher) and self.checkpoints[index].path == checkpoint.path:
+                return {key: tensor for key, tensor in slot.targets.items() if key != TIME_BIAS}
+        return {}
 
     def expect(self, order: Iterable[int]) -> None:
         """Which teachers will be asked to ``predict``, in this order: each is on its way while the one before works."""
@@ -90,6 +100,8 @@ class Teachers:
     def keep(self, resident: int) -> None:
         """Change how many may be on the device; the least recently used ones go."""
         self.resident = resident
+        if resident < len(self._unets) and any(isinstance(ck, StyleTeacher) for ck in self.checkpoints):
+            self._unets.clear()  # some share weights, which must not be overwritten
         while len(self._unets) > resident:
             self._unets.popitem(last=False)
 

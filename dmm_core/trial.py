@@ -110,11 +110,13 @@ class Fit:
     trial: Trial
 
 
-def fit(recipe: Recipe, device: str, parameters: int, budget: int | None = None, note: Any = None) -> Fit | None:
+def fit(
+    recipe: Recipe, device: str, parameters: int, budget: int | None = None, note: Any = None, encoder: int = 0
+) -> Fit | None:
     """The recipe, or the least sparing change of it whose trial stays within ``budget`` bytes; None if none does.
 
     Args:
-        parameters: of the UNet, to leave out what cannot fit without trying it.
+        parameters, encoder: of the UNet and its encoder half, to leave out what cannot fit without trying it.
         budget: None takes what the device has free now.
         note: told what is tried, in a line.
     """
@@ -122,7 +124,7 @@ def fit(recipe: Recipe, device: str, parameters: int, budget: int | None = None,
     for changes in candidates(recipe.train, len(recipe.teachers), device):
         sparing = replace(recipe, train=replace(recipe.train, **changes))
         resident = sparing.train.resident or len(recipe.teachers)
-        if room is not None and weights_bytes(sparing.train, parameters, device, resident) > room:
+        if room is not None and weights_bytes(sparing.train, parameters, device, resident, encoder) > room:
             continue
         if note is not None:
             note("trying " + (", ".join(f"{key}: {value}" for key, value in changes.items()) or "the recipe as it is"))
@@ -157,15 +159,19 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
     return ladder
 
 
-def weights_bytes(spec: TrainSpec, parameters: int, device: str, resident: int) -> int:
-    """Memory for weights, gradients, moments and ``resident`` teachers, without activations: a lower bound."""
+def weights_bytes(spec: TrainSpec, parameters: int, device: str, resident: int, encoder: int = 0) -> int:
+    """Memory for weights, gradients, moments and ``resident`` teachers, without activations: a lower bound.
+
+    ``encoder``: parameters of a UNet's encoder half, which the discriminator has if there is one.
+    """
     weight = 2 if spec.weights == "bf16" else 4
     teacher = 2 if device.startswith("cuda") or weight == 2 else 4
     student = weight
     if spec.student == "full":
         gradient = 0 if spec.fused_backward else weight
         student += gradient + (2 if spec.optimizer == "adamw8bit" else 8) + (4 if spec.ema else 0)
-    return parameters * (student + teacher * resident)
+    critic = 0 if not spec.adversarial else 16 if spec.discriminator == "full" else teacher
+    return parameters * (student + teacher * resident) + encoder * critic
 
 
 def free_memory(device: str) -> int | None:

@@ -6,7 +6,7 @@ import argparse
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,28 +40,32 @@ def run(args: argparse.Namespace, report: Any) -> dict:
         from dmm_core import child
 
         return child.run(lambda: recipe_of(args), args.preview, args.force)
+    return run_launched(lambda: recipe_of(args), args, report, command_again(args))
+
+
+def run_launched(recipe_of: Callable[[], Any], args: argparse.Namespace, report: Any, again: str) -> dict:
+    """Run a recipe alone, or in the group that a launcher has started."""
     from dmm_core.ranks import launched
 
     with launched() as ranks:
         if ranks.rank == 0:
-            return merge_and_save(args, report, ranks)
+            return merge_and_save(recipe_of(), args, report, again, ranks)
         try:
-            merge_and_save(args, report.silent(), ranks)
+            merge_and_save(recipe_of(), args, report.silent(), again, ranks)
         except (BadInput, KeyboardInterrupt) as error:
             raise SystemExit(2 if isinstance(error, BadInput) else 130) from None
         raise SystemExit(0)
 
 
-def merge_and_save(args: argparse.Namespace, report: Any, ranks: Any) -> dict:
-    recipe = recipe_of(args)
+def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: str, ranks: Any) -> dict:
     if Path(recipe.out).exists() and not args.force:
         raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
-    merge = train(recipe, args.resume, report, command_again(args), ranks)
+    merge = train(recipe, args.resume, report, again, ranks)
     merge.distillation.use_average()
     path = merge.save() if ranks.rank == 0 else Path(recipe.out)
     ranks.wait()
     done = merge.distillation
-    report.out(f"{path}: {len(recipe.teachers)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")
+    report.out(f"{path}: {len(done.student.codebook)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")
     return {
         "out": path, "styles": list(done.student.codebook.names), "steps": done.step_count,
         "samples_seen": done.samples_seen, "seconds": round(merge.seconds, 1), "start": recipe.train.start,

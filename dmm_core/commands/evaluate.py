@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", nargs="+", action="extend", required=True, help="its teachers, in the file's order"
     )
+    parser.add_argument(
+        "--before", metavar="FILE",
+        help="the earlier student that dmm extend began with: shown beside; where --teacher gives the new teachers "
+        "alone, its own styles stand for their teachers",
+    )  # fmt: skip
     parser.add_argument("--prompts", help="prompts that training did not use, one a line (built-in ones if left out)")
     parser.add_argument("--images", type=int, default=96, help="pictures a style (96)")
     parser.add_argument("--steps", type=int, default=12, help="sampler steps (12)")
@@ -27,31 +32,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
+    from dmm_core.checkpoint import open_checkpoint
+
+    return measure_beside(args, [open_checkpoint(path) for path in args.teacher], report)
+
+
+def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
+    """Measure the file beside these opened teachers, and show it."""
+    from dmm_core.measure import measure
+    from dmm_core.present import SUBJECTS, present
+
+    began = time.monotonic()
+    if args.images < 4:
+        raise BadInput(f"--images {args.images}: expected at least 4")
+    bench = bench_of(args, teachers, Notifier(report))
+    before = earlier_bench(bench, args.before) if args.before else None
+    measured = measure(bench, began, before=before, title=bench.student.path.stem)
+    few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
+    gallery = replace(bench, prompts=few, what="draws pictures to show")
+    small = replace(before, prompts=few) if before else None
+    paths = present(Path(args.out), measured, gallery, bench.student.path, small)
+    for line in headline(measured.report):
+        report.out(line)
+    report.out(f"written: {', '.join(str(path) for path in paths)}")
+    return measured.report
+
+
+def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
+    """The file beside its teachers; with ``--before``, an earlier student may stand for the teachers it had."""
     import torch
 
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.data import built_in_prompts, read_prompts
-    from dmm_core.measure import Bench, measure
+    from dmm_core.extension import style_teachers
+    from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
     from dmm_core.plan import choose_device, must_fit
-    from dmm_core.present import SUBJECTS, present
     from dmm_core.run import average_tensors, latent_size
     from dmm_core.teachers import Teachers
 
-    began = time.monotonic()
     checkpoint = open_checkpoint(args.file)
-    teachers = [open_checkpoint(path) for path in args.teacher]
     if checkpoint.dmm is None:
         raise BadInput("is no DMM file", args.file, "dmm distill makes one.")
+    for teacher in teachers:
+        must_fit(checkpoint, teacher)
+    if args.before:
+        earlier = open_checkpoint(args.before)
+        if earlier.dmm is None or checkpoint.styles[: len(earlier.styles)] != earlier.styles:
+            raise BadInput(f"has not the first styles of {checkpoint.path.name}", args.before)
+        if len(teachers) == len(checkpoint.styles) - len(earlier.styles):
+            teachers = [*style_teachers(earlier), *teachers]
     if len(teachers) != len(checkpoint.styles):
         raise BadInput(
             f"has {len(checkpoint.styles)} styles ({', '.join(checkpoint.styles)}), got {len(teachers)} teachers",
             args.file,
         )
-    for teacher in teachers:
-        must_fit(teachers[0], teacher)
-    if args.images < 4:
-        raise BadInput(f"--images {args.images}: expected at least 4")
     prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts(args.images, seed=2**20)
     prompts = [prompts[i % len(prompts)] for i in range(args.images)]
     device = choose_device(args.device)
@@ -59,19 +94,18 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     average = build_unet(
         teachers[0].unet_config, average_tensors(teachers), torch.float32, teachers[0].path, styled=False
     )
-    bench = Bench(
+    return Bench(
         load_pipeline(checkpoint, device), Teachers(teachers, device), average.to(device), prompts,
         latent_size(checkpoint, None),
-        args.steps, args.cfg if args.cfg is not None else (2.0 if small else 7.0), notify=Notifier(report),
+        args.steps, args.cfg if args.cfg is not None else (2.0 if small else 7.0), notify=notify,
     )  # fmt: skip
-    measured = measure(bench, began, title=checkpoint.path.stem)
-    paths = present(
-        Path(args.out), measured, replace(bench, prompts=list(dict.fromkeys(prompts))[:SUBJECTS]), checkpoint.path
-    )
-    for line in headline(measured.report):
-        report.out(line)
-    report.out(f"written: {', '.join(str(path) for path in paths)}")
-    return measured.report
+
+
+def earlier_bench(bench: Any, path: str) -> Any:
+    """The same bench with the student that a file holds."""
+    from dmm_core.models import load_pipeline
+
+    return replace(bench, student=load_pipeline(path, bench.student.device), what="draws what was before")
 
 
 class Notifier:

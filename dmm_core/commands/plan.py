@@ -26,7 +26,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     found = None
     if not args.quick:
         budget = int(args.memory * GIB) if args.memory else None
-        found = fit(recipe, choose_device(recipe.train.device), told.unet_parameters, budget, report.note)
+        device, body = choose_device(recipe.train.device), told.discriminator_parameters
+        found = fit(recipe, device, told.unet_parameters, budget, report.note, body)
         told = plan(recipe, found, tried=True)
     if args.write and found:
         dump_recipe(found.recipe, args.write)
@@ -43,6 +44,8 @@ def lines(told: Any) -> list[str]:
         f"mergeable: {len(told.styles)} teachers ({', '.join(told.styles)}), {told.family}",
         f"UNet: {told.unet_parameters / 1e6:.1f} M parameters, {told.precision} on {told.device}",
     ]
+    if told.discriminator_parameters:
+        found.append(f"discriminator: {told.discriminator_parameters / 1e6:.1f} M parameters beside it")
     if told.peak_bytes is None:
         found.append(f"memory: about {told.memory_bytes / GIB:.2f} GiB beside activations")
     else:

@@ -17,7 +17,8 @@ def page(report: Mapping[str, Any], grids: Grids, title: str) -> str:
     """The whole page as text; pictures are inside it, nothing is loaded from anywhere."""
     parts = [_merged(report), _headline(report)]
     if grids.styles is not None:
-        text = _STYLES + (_LAST_ROW if grids.styles.average is not None else "")
+        text = _STYLES + (_BEFORE if grids.styles.before else "")
+        text += _LAST_ROW if grids.styles.average is not None else ""
         parts.append(_section("Every style beside its teacher", text, styles_table(grids.styles)))
     if grids.mixes:
         parts.append(_section("Mixes", _MIXES, mix_table(grids.mixes, grids.weights)))
@@ -37,6 +38,10 @@ def page(report: Mapping[str, Any], grids: Grids, title: str) -> str:
 _STYLES = (
     "Teacher and student drew the same subject from the same noise. The nearer the two rows of a style are to each "
     "other, the better the merge."
+)
+_BEFORE = (
+    " Styles were added to an earlier student: the rows in the middle are what it drew before, in its default style "
+    "where it did not have the style."
 )
 _LAST_ROW = " The last row is what averaging the checkpoints' weights gives."
 _MIXES = (

@@ -37,12 +37,14 @@ class StyleGrid:
 
     Attributes:
         average: the plain weight average on the same subjects.
+        before: an earlier student, style → pictures.
     """
 
     subjects: Sequence[str]
     teachers: Mapping[str, np.ndarray]
     students: Mapping[str, np.ndarray]
     average: np.ndarray | None = None
+    before: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, np.ndarray]]:
         """(style, who, pictures) from top to bottom."""
@@ -50,6 +52,8 @@ class StyleGrid:
         for style in self.students:
             if style in self.teachers:
                 rows.append((style, "teacher", self.teachers[style]))
+            if style in self.before:
+                rows.append((style, "before", self.before[style]))
             rows.append((style, "student", self.students[style]))
         return rows + ([] if self.average is None else [("weight average", "", self.average)])
 

@@ -110,19 +110,22 @@ def numbers_table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str =
 def style_numbers(report: Mapping[str, Any]) -> str:
     """One row a style: distances, ratio, floor, gap closed, and whether the own teacher is the nearest."""
     closed = report["gap_closed"].get("per_style", {})
+    earlier = any(row.get("before") is not None for row in report.get("per_style", ()))
     rows = []
     for row in report.get("per_style", ()):
         spread = f" ± {row['ratio_error']:.2f}" if row.get("ratio_error") is not None else ""
         gap = closed.get(row["style"])
         rows.append(
             [
-                row["style"], number(row["student"]), number(row["reference"]), f"{row['ratio']:.2f}{spread}",
+                row["style"], *([number(row.get("before"))] if earlier else []), number(row["student"]),
+                number(row["reference"]), f"{row['ratio']:.2f}{spread}",
                 number(row["weight_average"]), number(row["floor"]), "–" if gap is None else f"{100 * gap:.0f} %",
                 "yes" if row["nearest_own_teacher"] else "NO",
             ]
         )  # fmt: skip
     names = [
         "style",
+        *(["student before"] if earlier else []),
         "student",
         "teacher again",
         "ratio",
