@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.conditioning import Context, added
 from dmm_core.diffusion import add_noise
 from dmm_core.models import build_unet
 from dmm_core.optim import StudentOptimizer
@@ -24,7 +25,7 @@ from dmm_core.speed import quicken
 from dmm_core.teachers import Teachers
 
 GROUPS = 32  # of the head's normalisation, as everywhere in the UNet
-ENCODER = ("conv_in", "time_embedding", "down_blocks", "mid_block")  # what is kept of a UNet
+ENCODER = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")  # what is kept of a UNet
 
 
 class Discriminator(nn.Module):
@@ -50,14 +51,16 @@ class Discriminator(nn.Module):
             )  # fmt: skip
             self.classes = nn.Linear(width, 2 * styles)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x_t (B, 4, h, w) at t (B,), prompts (B, 77, C)."""
+    def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        """x_t (B, 4, h, w) at t (B,), B prompts."""
         body = self.body
         x, context = x_t.to(body.dtype), context.to(body.dtype)
         time = body.time_embedding(body.get_time_embed(sample=x, timestep=t))
+        more = body.get_aug_embed(time, context.tokens, added(context, x))
+        time = time if more is None else time + more
         x = body.conv_in(x)
         for block in [*body.down_blocks, body.mid_block]:
-            attends = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            attends = {"encoder_hidden_states": context.tokens} if getattr(block, "has_cross_attention", False) else {}
             x = block(x, time, **attends)
             x = x[0] if isinstance(x, tuple) else x  # down blocks return (hidden states, residuals)
         return self.classes(self.head(x.float()).mean((2, 3)).float()).float()
@@ -87,13 +90,13 @@ class Critic:
         self.optimizer = StudentOptimizer([(self.parameters, spec.adversarial_lr or spec.lr)], plain, device)
         self.device, self.precision = device, precision
 
-    def logits(self, x0: Tensor, t: Tensor, noise: Tensor, context: Tensor) -> Tensor:
+    def logits(self, x0: Tensor, t: Tensor, noise: Tensor, context: Context) -> Tensor:
         """Of clean predictions (B, 4, h, w), diffused again to t (B,) with noise of their shape: (B, 2N)."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             return self.module(add_noise(x0, noise, t), t, context)
 
-    def fool(self, x0: Tensor, t: Tensor, noise: Tensor, context: Tensor, style: Tensor) -> Tensor:
+    def fool(self, x0: Tensor, t: Tensor, noise: Tensor, context: Context, style: Tensor) -> Tensor:
         """The student's loss L_adv (B,), Eq. 11: cross-entropy of its x̂0 to "of teacher i"; for styles i (B,)."""
         for p in self.parameters:  # the student's loss is no reason for the discriminator to change
             p.requires_grad_(False)
@@ -103,7 +106,7 @@ class Critic:
         return loss
 
     def learn(
-        self, student: Tensor, teacher: Tensor, t: Tensor, noise: Tensor, context: Tensor, style: Tensor, scale: Any
+        self, student: Tensor, teacher: Tensor, t: Tensor, noise: Tensor, context: Context, style: Tensor, scale: Any
     ) -> Tensor:
         """Add the gradient of the discriminator's step in Alg. 1; returns its loss a row, (B,).
 
@@ -112,7 +115,7 @@ class Critic:
         Args:
             scale: what the loss (B,) goes through before its backward pass.
         """
-        twice = [torch.cat([x, x]) for x in (t, noise, context)]
+        twice = (torch.cat([t, t]), torch.cat([noise, noise]), Context.cat([context, context]))
         told = torch.cat([style + self.module.styles, style])
         loss = F.cross_entropy(self.logits(torch.cat([student, teacher]), *twice), told, reduction="none")
         rows = loss.view(2, -1).sum(0)

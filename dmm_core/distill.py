@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmm_core import resume
+from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
 from dmm_core.diffusion import predict_x0
 from dmm_core.discriminator import Critic, Discriminator
@@ -47,7 +48,7 @@ class Distillation:
     """A student, its teachers, their data and the optimizer.
 
     Args:
-        context: the student's own prompt embeddings (prompts + 1, 77, C), the empty prompt last.
+        context: the student's own embeddings of all prompts, the empty prompt last.
         precision: "fp32", "bf16" or "fp16": what the student's passes are autocast to.
         discriminator: needed where ``spec.adversarial`` is not 0.
         old: how many styles, the first ones, an earlier student teaches as it had them.
@@ -58,7 +59,7 @@ class Distillation:
         student: Student,
         teachers: Teachers,
         data: LatentData,
-        context: Tensor,
+        context: Context,
         spec: TrainSpec,
         precision: str = "fp32",
         discriminator: Discriminator | None = None,
@@ -143,8 +144,8 @@ class Distillation:
         which = torch.tensor([target.batch.teacher for target in targets]).repeat_interleave(rows)
         x_t, t, prompt = (torch.cat([getattr(tg.batch, name) for tg in targets]) for name in ("x_t", "t", "prompt"))
         styles = torch.eye(len(self.student.codebook))[which]
-        host = (x_t, t, self.context[prompt], styles, self.weights[t])
-        x_t, t, context, styles, weights = to_device(host, self.device)
+        x_t, t, styles, weights = to_device((x_t, t, styles, self.weights[t]), self.device)
+        context = self.context[prompt].map(lambda part: to_device((part,), self.device)[0])
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
         wanted = torch.cat([target.eps for target in targets])

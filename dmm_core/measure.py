@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_core import __version__
+from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
-from dmm_core.models import Pipeline, encode_prompts
+from dmm_core.models import Pipeline
 from dmm_core.sample import decode, initial_noise, sample_latents
 from dmm_core.speed import side_by_side
 from dmm_core.style import lerp, one_hot
@@ -51,11 +52,11 @@ class Bench:
         self.codebook = self.student.codebook
         self.names = self.codebook.names
         self.teachers.embed([*self.prompts, ""])
-        self.context = encode_prompts(self.student.text_encoder, [*self.prompts, ""])
+        self.context = encode_prompts(self.student.text_encoders, [*self.prompts, ""])
         self.done = 0
 
     def sample(
-        self, unet: Any, context: Tensor, seeds: int, style: Tensor | None = None, rows: slice = slice(None)
+        self, unet: Any, context: Context, seeds: int, style: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:
         """Latents of the prompts; ``context`` holds the empty prompt's embedding last."""
         prompts, empty = context[:-1][rows], context[-1:]
@@ -75,7 +76,7 @@ class Bench:
         return torch.cat(parts)
 
     def of_teacher(self, index: int, seeds: int, rows: slice = slice(None)) -> Tensor:
-        context = self.teachers.context(index, torch.arange(len(self.prompts) + 1)).float()
+        context = self.teachers.context(index, torch.arange(len(self.prompts) + 1)).to(torch.float32)
         return self.sample(self.teachers.unet(index), context, seeds, rows=rows)
 
     def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
@@ -120,10 +121,9 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
     return score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
 
 
-def _predict(unet: Any, x_t: Tensor, t: Tensor, context: Tensor, labels: Tensor | None) -> Callable[[slice], Tensor]:
+def _predict(unet: Any, x_t: Tensor, t: Tensor, context: Context, style: Tensor | None) -> Callable[[slice], Tensor]:
     def rows(part: slice) -> Tensor:
-        extra = {} if labels is None else {"class_labels": labels[part].to(unet.dtype)}
-        return unet(x_t[part].to(unet.dtype), t[part], context[part].to(unet.dtype), **extra).sample.float()
+        return predict(unet, x_t[part], t[part], context[part], None if style is None else style[part]).float()
 
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 from dmm_core.checkpoint import Checkpoint, open_checkpoint
 from dmm_core.errors import BadInput
 from dmm_core.style import Codebook
-from dmm_core.tokens import tokenize
 
 
 @dataclass
 class Pipeline:
-    """All parts of one Stable Diffusion 1.5-shaped model. ``codebook`` is None where the file is no DMM file."""
+    """All parts of one SD1.5- or SDXL-shaped model. ``codebook`` is None where the file is no DMM file."""
 
     unet: Any
-    text_encoder: Any
+    text_encoders: Sequence[Any]
     vae: Any
     family: str
     prediction_type: str
@@ -63,15 +63,18 @@ def build_unet(config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.
     return _build(UNet2DConditionModel, {**config, **extra}, tensors, dtype, "UNet", path)
 
 
-def build_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def build_text_encoders(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.ModuleList:
+    """CLIP-L, and for SDXL the larger one with its projection."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if not checkpoint.text_configs:
         raise BadInput("holds no text encoder", checkpoint.path, "Use a full checkpoint, not a bare UNet.")
-    config = {k: v for k, v in checkpoint.text_configs[0].items() if k != "kind"}
-    return _build(
-        CLIPTextModel, CLIPTextConfig(**config), checkpoint.text_encoder(0), dtype, "text encoder", checkpoint.path
-    )
+    made = nn.ModuleList()
+    for index, about in enumerate(checkpoint.text_configs):
+        cls = CLIPTextModelWithProjection if index else CLIPTextModel
+        config = CLIPTextConfig(**{k: v for k, v in about.items() if k != "kind"})
+        made.append(_build(cls, config, checkpoint.text_encoder(index), dtype, "text encoder", checkpoint.path))
+    return made
 
 
 def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -84,34 +87,19 @@ def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return _build(cls, config, checkpoint.vae(), dtype, "VAE", checkpoint.path)
 
 
-def require_sd15(checkpoint: Checkpoint) -> Checkpoint:
-    """Raises BadInput for what cannot be sampled or distilled yet."""
-    if checkpoint.family != "sd15":
-        raise BadInput(f"is {checkpoint.family}, and only SD1.5-shaped models can be run so far", checkpoint.path)
-    return checkpoint
-
-
 def load_pipeline(
     source: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Pipeline:
     """Everything of one checkpoint, ready to sample. A DMM file's UNet takes style vectors.
 
     Raises:
-        BadInput: a file that cannot be read, a part that is missing, or SDXL.
+        BadInput: a file that cannot be read, or a part that is missing.
     """
-    checkpoint = require_sd15(source if isinstance(source, Checkpoint) else open_checkpoint(source))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     codebook = checkpoint.codebook()
     unet = build_unet(checkpoint.unet_config, checkpoint.unet(), dtype, checkpoint.path, styled=codebook is not None)
-    parts: list[nn.Module] = [unet, build_text_encoder(checkpoint, dtype), build_vae(checkpoint, dtype)]
-    unet, text_encoder, vae = (part.to(device) for part in parts)
+    parts: list[nn.Module] = [unet, build_text_encoders(checkpoint, dtype), build_vae(checkpoint, dtype)]
+    unet, text_encoders, vae = (part.to(device) for part in parts)
     if codebook is not None:
         codebook = codebook.to(device=device, dtype=torch.float32).requires_grad_(False)
-    return Pipeline(unet, text_encoder, vae, checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path)
-
-
-@torch.no_grad()
-def encode_prompts(text_encoder: Any, prompts: list[str], chunk: int = 64) -> Tensor:
-    """Prompt embeddings (B, 77, C): the last hidden state after the final norm, as SD1.5 takes it."""
-    device = next(text_encoder.parameters()).device
-    tokens = tokenize(prompts).to(device)
-    return torch.cat([text_encoder(part).last_hidden_state for part in tokens.split(chunk)])
+    return Pipeline(unet, text_encoders, vae, checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path)

@@ -158,11 +158,10 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
 def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
     """What can be merged and may surprise: another VAE or text encoder than the base's."""
     others = [teacher for teacher in teachers if teacher.path != base.path]
-    encoder = base.text_encoder(0)
     found = [
         f"{teacher.path.name} has another text encoder than {base.path.name}, whose text encoder the student keeps."
         for teacher in others
-        if not _same(encoder, teacher.text_encoder(0))
+        if not all(_same(base.text_encoder(i), teacher.text_encoder(i)) for i in range(len(base.text_configs)))
     ]
     if base.vae_config is None:
         return [*found, f"{base.path.name} holds no VAE; the DMM file will have none."]

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData, Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
-from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
+from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
 from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
@@ -154,9 +155,9 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     """Student, teachers and data as the recipe wants them, before the first step."""
     teachers = teachers or load_teachers(recipe, sources)
     teachers.embed(data.prompts)
-    encoder = build_text_encoder(sources.base, torch.float32).to(teachers.device)
-    context = encode_prompts(encoder, list(data.prompts)).cpu()
-    del encoder  # its place on the device is the student's
+    encoders = build_text_encoders(sources.base, torch.float32).to(teachers.device)
+    context = encode_prompts(encoders, data.prompts).to("cpu")
+    del encoders  # their place on the device is the student's
     spec = recipe.train
     student = Student.start(
         sources.base, start_tensors(recipe, sources), sources.names, recipe.default_style, spec.seed,
@@ -271,9 +272,9 @@ def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float,
     """The trained student beside its teachers and their weight average, asked prompts that training did not use."""
     sources, distillation = merge.sources, merge.distillation
     base, device = sources.base, distillation.device
-    encoder, vae = build_text_encoder(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
+    encoders, vae = build_text_encoders(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
     student, path = distillation.student.eval(), Path(merge.recipe.out)
-    pipe = Pipeline(student.unet, encoder, vae, base.family, base.prediction_type, student.codebook, path)
+    pipe = Pipeline(student.unet, encoders, vae, base.family, base.prediction_type, student.codebook, path)
     average = build_unet(base.unet_config, average_tensors(sources.teachers), torch.float32, path, styled=False)
     size = latent_size(base, merge.recipe.data.size)
     return Bench(pipe, distillation.teachers, average.to(device), prompts, size, steps, cfg_scale, notify)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.diffusion import SCHEDULER
-from dmm_core.models import Pipeline, encode_prompts
+from dmm_core.models import Pipeline
 from dmm_core.speed import side_by_side
 
 
@@ -22,20 +23,20 @@ def initial_noise(seeds: Sequence[int], size: tuple[int, int] = (8, 8)) -> Tenso
 @torch.no_grad()
 def sample_latents(
     unet: Any,
-    context: Tensor,
+    context: Context,
     noise: Tensor,
     *,
     steps: int = 12,
     cfg_scale: float = 1.0,
-    negative: Tensor | None = None,
+    negative: Context | None = None,
     style: Tensor | None = None,
     prediction_type: str = "epsilon",
 ) -> Tensor:
     """Latents (B, 4, h, w) from noise of that shape.
 
     Args:
-        context: prompt embeddings (B, 77, C).
-        negative: embedding (1, 77, C) of the negative prompt; needed where ``cfg_scale`` is not 1.
+        context: embeddings of B prompts.
+        negative: embedding of the one negative prompt; needed where ``cfg_scale`` is not 1.
         style: style vectors (B, d) or (d,) for a UNet that takes them; both halves of CFG get the same.
     """
     from diffusers import DPMSolverMultistepScheduler
@@ -46,15 +47,14 @@ def sample_latents(
     if guided:
         if negative is None:
             raise ValueError("cfg_scale other than 1 needs the negative prompt's embedding")
-        context = torch.cat([context, negative.expand_as(context)])
-    kwargs = {}
+        context = Context.cat([context, negative.expand(len(context))])
     if style is not None:
-        rows = style.expand(len(noise), -1)
-        kwargs["class_labels"] = (torch.cat([rows, rows]) if guided else rows).to(unet.dtype)
+        style = style.expand(len(noise), -1)
+        style = torch.cat([style, style]) if guided else style
     x = noise.to(device=unet.device, dtype=torch.float32)
     for t in scheduler.timesteps:
         both = torch.cat([x, x]) if guided else x
-        eps = unet(both.to(unet.dtype), t, context, **kwargs).sample.float()
+        eps = predict(unet, both, t, context, style).float()
         if guided:
             cond, uncond = eps.chunk(2)
             eps = uncond + cfg_scale * (cond - uncond)
@@ -81,8 +81,8 @@ def sample(
     if pipe.styled and style is None:
         assert pipe.codebook is not None
         style = pipe.codebook.default_style()
-    context = encode_prompts(pipe.text_encoder, list(prompts))
-    empty = encode_prompts(pipe.text_encoder, [negative]) if cfg_scale != 1.0 else None
+    context = encode_prompts(pipe.text_encoders, prompts)
+    empty = encode_prompts(pipe.text_encoders, [negative]) if cfg_scale != 1.0 else None
     noise = initial_noise(seeds, (size[0] // 8, size[1] // 8))
     parts = []
     for start in range(0, len(prompts), chunk):

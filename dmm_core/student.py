@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm_core.checkpoint import Checkpoint, write_dmm
+from dmm_core.conditioning import Context, predict
 from dmm_core.lowrank import Adapters
 from dmm_core.models import build_unet
 from dmm_core.style import Codebook, Mix
@@ -33,10 +34,9 @@ class Student(nn.Module):
             raise ValueError("a student's UNet is built with class_embed_type='identity'")
         self.unet, self.codebook, self.adapters = unet, codebook, adapters
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, weights: Tensor) -> Tensor:
-        """ε of x_t (B, 4, h, w) at t (B,), prompts (B, 77, C), style weights (B, N)."""
-        style, dtype = self.codebook(weights), self.unet.conv_in.weight.dtype
-        return self.unet(x_t.to(dtype), t, context.to(dtype), class_labels=style.to(dtype)).sample
+    def forward(self, x_t: Tensor, t: Tensor, context: Context, weights: Tensor) -> Tensor:
+        """ε of x_t (B, 4, h, w) at t (B,), B prompts, style weights (B, N)."""
+        return predict(self.unet, x_t, t, context, self.codebook(weights))
 
     @classmethod
     def start(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.extension import StyleTeacher
 from dmm_core.losses import BlockFeatures
-from dmm_core.models import build_text_encoder, build_unet, encode_prompts, require_sd15
+from dmm_core.models import build_text_encoders, build_unet
 from dmm_core.residency import HostStore, Slot, host_store
 from dmm_core.speed import quicken, to_device
 from dmm_core.student import TIME_BIAS
@@ -39,7 +40,7 @@ class Teachers:
         channels_last: bool = False,
         compiled: bool = False,
     ) -> None:
-        self.checkpoints = [require_sd15(checkpoint) for checkpoint in checkpoints]
+        self.checkpoints = list(checkpoints)
         self.device, self.dtype = torch.device(device), dtype
         self.resident = resident or len(self.checkpoints)
         self.channels_last, self.compiled = channels_last, compiled
@@ -48,7 +49,7 @@ class Teachers:
         self._store: HostStore | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._next: deque[int] = deque()
-        self._embeddings: dict[int, Tensor] = {}
+        self._embeddings: dict[int, Context] = {}
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -116,17 +117,17 @@ class Teachers:
 
     def embed(self, prompts: Sequence[str]) -> None:
         """Encode the prompts once with every teacher's own text encoder; equal encoders share the result."""
-        by_encoder: dict[tuple, Tensor] = {}
+        by_encoder: dict[tuple, Context] = {}
         for index, checkpoint in enumerate(self.checkpoints):
-            encoder = build_text_encoder(checkpoint, torch.float32).to(self.device)
-            key = _fingerprint(encoder)
+            encoders = build_text_encoders(checkpoint, torch.float32).to(self.device)
+            key = _fingerprint(encoders)
             if key not in by_encoder:
-                by_encoder[key] = encode_prompts(encoder, list(prompts)).to("cpu", self.dtype)
+                by_encoder[key] = encode_prompts(encoders, prompts).to("cpu", self.dtype)
             self._embeddings[index] = by_encoder[key]
 
-    def context(self, index: int, prompts: Tensor) -> Tensor:
-        """Teacher ``index``'s embeddings (B, 77, C) of prompt numbers (B,); ``embed`` comes first."""
-        return to_device((self._embeddings[index][prompts],), self.device)[0]
+    def context(self, index: int, prompts: Tensor) -> Context:
+        """Teacher ``index``'s embeddings of prompt numbers (B,); ``embed`` comes first."""
+        return self._embeddings[index][prompts].map(lambda part: to_device((part,), self.device)[0])
 
     @torch.no_grad()
     def predict(
@@ -135,7 +136,7 @@ class Teachers:
         """Teacher ``index``'s ε for x_t (B, 4, h, w), and its blocks' outputs if they are asked for."""
         unet = self.unet(index)
         with BlockFeatures(unet, enabled=features) as blocks:
-            eps = unet(x_t.to(self.dtype), t, self.context(index, prompts)).sample
+            eps = predict(unet, x_t, t, self.context(index, prompts))
         self._unets[index].release()
         self._prefetch(index)
         return eps.float(), blocks.take()

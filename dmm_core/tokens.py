@@ -35,7 +35,9 @@ def clip_tokenizer(pad_with_zero: bool = False):
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
         merges.write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
-        return CLIPTokenizer(str(vocab), str(merges), pad_token="!" if pad_with_zero else "<|endoftext|>")
+        return CLIPTokenizer(
+            str(vocab), str(merges), pad_token="!" if pad_with_zero else "<|endoftext|>", model_max_length=LENGTH
+        )
 
 
 def tokenize(prompts: list[str], pad_with_zero: bool = False) -> Tensor:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from dmm_core.conditioning import encode_prompts
 from dmm_core.features import Extractor
 from dmm_core.frechet import Gaussian, bootstrap_distances, frechet
-from dmm_core.models import encode_prompts
 from dmm_core.sample import decode, initial_noise, sample_latents
 from mini_family.demo import CFG_SCALE, SAMPLER_STEPS
 from mini_family.family import LATER, TEACHERS
@@ -34,7 +34,7 @@ def drawn_by(data: Path, model: str, vae: AutoencoderTiny, names: list[str], see
     """Pictures (names, 64, 64, 3) of one trained model."""
     unet, text = fresh_models()
     load_model(data / "models" / f"{model}.safetensors", unet.eval(), text.eval())
-    context, empty = encode_prompts(text, [caption(name) for name in names]), encode_prompts(text, [""])
+    context, empty = (encode_prompts([text], prompts) for prompts in ([caption(name) for name in names], [""]))
     noise = initial_noise([seed + i for i in range(len(names))])
     return decode(vae, sample_latents(unet, context, noise, steps=SAMPLER_STEPS, cfg_scale=CFG_SCALE, negative=empty))
 

@@ -17,10 +17,10 @@ SMALL = {"latents_per_teacher": 3, "steps": 1, "cfg_scale": 1.0, "size": 64}
 TRAIN = {"steps": 4, "batch": 2, "warmup": 0, "lr": 1e-3, "precision": "fp32", "device": "cpu", "save_every": 1}
 
 
-def tiny_teachers(folder: Path, count: int) -> list[Path]:
+def tiny_teachers(folder: Path, count: int, family: str = "sd15") -> list[Path]:
     paths = [folder / f"teacher {i}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
-        tiny.write_tiny(path, seed=50 * i, vocab=49408)
+        tiny.write_tiny(path, family=family, seed=50 * i, vocab=49408)
     return paths
 
 

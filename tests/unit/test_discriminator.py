@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmm_core.conditioning import Context
 from dmm_core.diffusion import add_noise, predict_x0
 from dmm_core.discriminator import encoder_parameters
 from dmm_core.plan import plan
@@ -29,7 +30,7 @@ def rows(critic, count: int = 4):
     return (
         torch.randint(1000, (count,), generator=g),
         noise,
-        torch.randn(count, 77, 64, generator=g),
+        Context(torch.randn(count, 77, 64, generator=g)),
         torch.arange(count) % critic.module.styles,
     )
 
@@ -42,7 +43,7 @@ def test_body_is_the_encoder_half_of_a_stock_unet(tmp_path, teachers):
     t, x, context, _ = rows(run.critic)
     whole, seen = run.teachers.unet(0), []
     with BlockFeatures(whole) as blocks, torch.no_grad():
-        whole(x, t, context)
+        whole(x, t, context.tokens)
     body = run.critic.module
     body.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dmm_core.checkpoint import open_checkpoint
+from dmm_core.conditioning import Context
 from dmm_core.lowrank import LowRank
 from dmm_core.models import build_unet
 from tests.unit.merges import built, tiny_teachers
@@ -52,11 +53,11 @@ def test_folded_is_live_through_the_file(tmp_path, teachers):
     path = student.save(tmp_path / "dmm.safetensors", like, torch.float32)
     read = open_checkpoint(path)
     unet = build_unet(read.unet_config, read.unet(), torch.float32, path, styled=True)
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64)
+    x, context = torch.randn(2, 4, 8, 8), Context(torch.randn(2, 77, 64))
     t, styles = torch.tensor([10, 700]), torch.tensor([[1.0, 0.0], [0.3, 0.7]])
     with torch.no_grad():
         live = student(x, t, context, styles)
-        folded = unet(x, t, context, class_labels=read.codebook()(styles)).sample
+        folded = unet(x, t, context.tokens, class_labels=read.codebook()(styles)).sample
         student.adapters.layers["conv_in"].up.zero_()
         without = student(x, t, context, styles)
     torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
