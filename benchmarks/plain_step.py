@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmm_core.conditioning import Context, predict
 from dmm_core.diffusion import add_noise
 
 FEATURE_WEIGHT = 0.001
@@ -25,13 +26,13 @@ class PlainStep:
 
     Args:
         make_unet: called with a dtype and whether it takes a style; gives a diffusers UNet.
-        latents, context: clean latents (n, 4, h, w) and embeddings (n, 77, C) on the CPU.
+        latents, context: clean latents (n, 4, h, w) and their prompts' embeddings on the CPU.
         rows: rows of one step.
         half: what the student is autocast to and the teacher is; float32 for neither.
     """
 
     def __init__(
-        self, make_unet: Any, latents: Tensor, context: Tensor, rows: int, half: torch.dtype, device: torch.device
+        self, make_unet: Any, latents: Tensor, context: Context, rows: int, half: torch.dtype, device: torch.device
     ) -> None:
         self.latents, self.context, self.rows, self.half, self.device = latents, context, rows, half, device
         self.teacher = make_unet(half, False).to(device).requires_grad_(False).eval()
@@ -59,10 +60,10 @@ class PlainStep:
         for maps in self.maps.values():
             maps.clear()
         with torch.no_grad():
-            wanted = self.teacher(x_t.to(self.half), t, context.to(self.half)).sample
+            wanted = predict(self.teacher, x_t, t, context)
         style = self.mlp(self.codebook(torch.zeros(self.rows, dtype=torch.long, device=self.device)))
         with torch.autocast(self.device.type, self.half, enabled=self.half != torch.float32):
-            eps = self.student(x_t, t, context, class_labels=style).sample
+            eps = predict(self.student, x_t, t, context, style)
         loss = nn.functional.mse_loss(eps.float(), wanted.float())
         pairs = list(zip(self.maps["student"], self.maps["teacher"], strict=True))
         loss = loss + FEATURE_WEIGHT * sum(nn.functional.mse_loss(s.float(), t.float()) for s, t in pairs) / len(pairs)

@@ -1,4 +1,4 @@
-"""What the trainer's benchmarks train: full-size SD1.5 of random weights on a GPU, the mini family on a CPU."""
+"""What the trainer's benchmarks train: full-size models of random weights on a GPU, the mini family on a CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dmm_core.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from dmm_core.checkpoint.shapes import unet_shapes
+from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.distill import Distillation
 from dmm_core.models import build_unet
@@ -29,6 +30,17 @@ SD15 = {
     "transformer_layers_per_block": [1, 1, 1, 1], "cross_attention_dim": 768, "use_linear_projection": False,
     "attention_head_dim": 8,
 }  # fmt: skip
+SDXL = {
+    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": 2048, "use_linear_projection": True,
+    "attention_head_dim": [5, 10, 20], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+FULL = {"sd15": (SD15, 512), "sdxl": (SDXL, 1024)}  # and the pixels it is made for
+POOLED = 1280  # width of SDXL's pooled embedding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,26 +51,29 @@ class Subjects:
     checkpoints: list[Checkpoint]
     device: torch.device
     latents: Tensor
-    context: Tensor
+    context: Context
 
     @classmethod
-    def make(cls, device: torch.device, count: int, folder: Path, pixels: int | None = None) -> Subjects:
+    def make(
+        cls, device: torch.device, count: int, folder: Path, pixels: int | None = None, family: str = "sd15"
+    ) -> Subjects:
         """``count`` teachers; files that are in the folder already are used again."""
         folder.mkdir(parents=True, exist_ok=True)
         if device.type == "cpu":
-            from mini_family import family
+            from mini_family.family import LATER, TEACHERS, unpack
 
-            names = [*family.TEACHERS, *family.LATER]
-            paths = family.unpack(folder, names[: min(count, len(names))])[1:]
+            paths = unpack(folder, [*TEACHERS, *LATER][:count])[1:]
             pixels = pixels or 64
         else:
-            paths = [random_sd15(folder / f"random {i}.safetensors", i, device) for i in range(count)]
-            pixels = pixels or 512
+            paths = [random_full(folder / f"{family} {i}.safetensors", family, i, device) for i in range(count)]
+            pixels = pixels or FULL[family][1]
         checkpoints = [open_checkpoint(path) for path in paths]
         generator = torch.Generator().manual_seed(0)
         width = checkpoints[0].unet_config["cross_attention_dim"]
         latents = torch.randn(64, 4, pixels // 8, pixels // 8, generator=generator)
-        return cls(checkpoints, device, latents, torch.randn(65, 77, width, generator=generator))
+        tokens = torch.randn(65, 77, width, generator=generator)
+        pooled = torch.randn(65, POOLED, generator=generator) if checkpoints[0].family == "sdxl" else None
+        return cls(checkpoints, device, latents, Context(tokens, pooled))
 
     def unet(self, dtype: torch.dtype, styled: bool) -> torch.nn.Module:
         first = self.checkpoints[0]
@@ -81,18 +96,18 @@ class Subjects:
         return Distillation(student, pool, data, self.context, spec, precision)
 
 
-def random_sd15(path: Path, seed: int, device: torch.device) -> Path:
-    """A full-size SD1.5 UNet whose outputs are of order 1, as float16 in a file (1.7 GB)."""
+def random_full(path: Path, family: str, seed: int, device: torch.device) -> Path:
+    """A full-size UNet whose outputs are of order 1, as float16 in a file (SD1.5 1.7 GB, SDXL 5.1 GB)."""
     if path.exists():
         return path
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
-    for key, shape in unet_shapes(SD15).items():
+    for key, shape in unet_shapes(FULL[family][0]).items():
         noise = torch.randn(shape, generator=generator, device=device)
         if len(shape) > 1:
             value = noise * torch.Size(shape[1:]).numel() ** -0.5
         else:
             value = (1 + 0.1 * noise) if key.endswith("weight") else 0.1 * noise
         state[key] = value.half().cpu()
-    write_checkpoint(path, family="sd15", unet=state, vae=None, text_encoders=[], metadata={})
+    write_checkpoint(path, family=family, unet=state, vae=None, text_encoders=[], metadata={})
     return path

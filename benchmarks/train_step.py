@@ -1,11 +1,11 @@
 """The trainer's step against the plain one (plain_step.py), in one run on one device.
 
-    python benchmarks/train_step.py        # a GPU: 8 full-size SD1.5 of random weights, 512 px; a CPU: the mini family
-    python benchmarks/train_step.py --out FILE.json
+    python benchmarks/train_step.py --out FILE.json     # a GPU: 8 full-size SD1.5 of random weights at 512 px
+    python benchmarks/train_step.py --family sdxl       # a GPU: 4 full-size SDXL at 1024 px
+    python benchmarks/train_step.py --device cpu        # the mini family
 
 Measures samples/s of both at equal rows a step, what rotation costs, the share of the measured matmul peak, and on CUDA
 peak memory of a full and a LoRA student. What cannot run here (no memory, no compiler) is named, and the rest goes on.
-SDXL is not measured: it cannot be trained yet.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ SMALL_LORA = {"student": "lora", "weights": "bf16", "checkpointing": True, "resi
 class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.device = args, torch.device(choose_device(args.device))
-        self.subjects = Subjects.make(self.device, args.teachers, folder, args.pixels)
+        count = args.teachers or (4 if args.family == "sdxl" else 8)
+        self.subjects = Subjects.make(self.device, count, folder, args.pixels, args.family)
         self.teachers = len(self.subjects.checkpoints)
-        self.batch = args.batch or (4 if self.device.type == "cuda" else 6)
+        self.batch = args.batch or (6 if self.device.type == "cpu" else 2 if args.family == "sdxl" else 4)
         self.half = choose_precision("auto", self.device.type)
         self.steps = args.steps or (10 if self.device.type == "cuda" else 3)
         self.failed: dict[str, str] = {}
@@ -211,7 +212,8 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--teachers", type=int, default=8, help="on a CPU at most the 6 of the mini family")
+    parser.add_argument("--family", choices=["sd15", "sdxl"], default="sd15", help="of the full-size models")
+    parser.add_argument("--teachers", type=int, help="8, or 4 of SDXL; on a CPU at most the 6 of the mini family")
     parser.add_argument("--batch", type=int, help="rows a teacher and step")
     parser.add_argument("--pixels", type=int)
     parser.add_argument("--steps", type=int, help="timed steps of each variant")
