@@ -8,7 +8,7 @@ import pytest
 from tests.hosts.comfyui.graphs import CFG, SEED, Graph, mix, node, style
 from tests.hosts.comfyui.harness import NAMES
 from tests.hosts.comfyui.inside_tools import write_sdxl
-from tests.hosts.comfyui.test_nodes import apart
+from tests.hosts.comfyui.test_nodes import ROUNDING, apart
 
 pytestmark = pytest.mark.hosts
 FILE = "tiny-xl.safetensors"
@@ -66,6 +66,28 @@ def test_both_encoders_and_sizes_count(server):
         assert apart(plain, server.pictures(graph(prompt=prompt))) > 0, what
     ordinary = node("CLIPTextEncode", text="a cat", clip=["load", 1])
     assert np.isfinite(server.pictures(graph(prompt=ordinary))).all()
+
+
+def test_pictures_equal_our_own_sampler(server):
+    """Both text encoders, pooled output and sizes as ``dmm generate`` and the trainer hand them to the UNet."""
+    pytest.importorskip("diffusers")
+    from dmm_core.models import load_pipeline
+    from dmm_core.sample import decode, sample
+
+    pipe = load_pipeline(server.base / "models" / "checkpoints" / FILE)
+    sizes = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
+    texts = {
+        name: node("CLIPTextEncodeSDXL", clip=["load", 1], text_g=content, text_l=content, **sizes)
+        for name, content in (("prompt", "a cat"), ("empty", ""))
+    }
+    for name in NAMES:
+        made = graph("apply", style=style(name), apply=apply(), **texts)
+        made["sampler"]["inputs"]["sampler_name"] = "dpmpp_2m"
+        vector = pipe.codebook.style({name: 1.0})
+        latents = sample(pipe, ["a cat"], seeds=[SEED], steps=STEPS, cfg_scale=CFG, style=vector)
+        assert apart(server.pictures(made), decode(pipe.vae, latents)) <= 2 * ROUNDING, (
+            name
+        )  # untrained: rounding grows
 
 
 def test_styles_differ_and_default_is_the_plain_model(server):
