@@ -25,6 +25,7 @@ from dmm_core.speed import quicken
 from dmm_core.teachers import Teachers
 
 GROUPS = 32  # of the head's normalisation, as everywhere in the UNet
+LIFT = 1024.0  # keeps small gradients inside float16's range
 ENCODER = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")  # what is kept of a UNet
 
 
@@ -97,13 +98,15 @@ class Critic:
             return self.module(add_noise(x0, noise, t), t, context)
 
     def fool(self, x0: Tensor, t: Tensor, noise: Tensor, context: Context, style: Tensor) -> Tensor:
-        """The student's loss L_adv (B,), Eq. 11: cross-entropy of its x̂0 to "of teacher i"; for styles i (B,)."""
-        for p in self.parameters:  # the student's loss is no reason for the discriminator to change
-            p.requires_grad_(False)
-        loss = F.cross_entropy(self.logits(x0, t, noise, context), style, reduction="none")
-        for p in self.parameters:
-            p.requires_grad_(True)
-        return loss
+        """The student's loss L_adv (B,), Eq. 11: cross-entropy of its x̂0 to "of teacher i"; for styles i (B,).
+
+        Its gradient with respect to x̂0 is taken here: it is no reason for the discriminator to change, and the
+        discriminator's activations go before the student's backward pass.
+        """
+        x = x0.detach().requires_grad_()
+        loss = F.cross_entropy(self.logits(x, t, noise, context), style, reduction="none")
+        gradient = torch.autograd.grad(LIFT * loss.sum(), x)[0] / LIFT
+        return loss.detach() + ((x0 - x0.detach()) * gradient).sum((1, 2, 3))
 
     def learn(
         self, student: Tensor, teacher: Tensor, t: Tensor, noise: Tensor, context: Context, style: Tensor, scale: Any
