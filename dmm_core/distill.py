@@ -80,6 +80,7 @@ class Distillation:
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
         self.step_count = self.samples_seen = 0
+        self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
         self.economy = Economy(rows, spec.checkpointing, teachers.resident, splits=not spec.fused_backward)
         self.be_sparing()
@@ -105,7 +106,7 @@ class Distillation:
         self.step_count += 1
         names = self.student.codebook.names
         return StepResult(
-            self.step_count, self.samples_seen, self.optimizer.lr, tuple(warnings), tally, names, self.spec
+            self.steps_done, self.samples_seen, self.optimizer.lr, tuple(warnings), tally, names, self.spec
         )
 
     def accumulate(self) -> Tensor | None:
@@ -180,6 +181,11 @@ class Distillation:
         size = max(1, rows // whole)
         for start in range(0, len(pieces), size):
             yield pieces[start : start + size]
+
+    @property
+    def steps_done(self) -> int:
+        """Over all stages."""
+        return self.steps_before + self.step_count
 
     @property
     def optimizers(self) -> list[StudentOptimizer]:

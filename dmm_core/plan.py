@@ -198,6 +198,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     """
     from dmm_core.discriminator import encoder_parameters
     from dmm_core.extension import teachers_of_step
+    from dmm_core.stages import stage_recipes
     from dmm_core.trial import weights_bytes
 
     sources = open_sources(recipe)
@@ -212,19 +213,24 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     size = sum(
         f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
     )
-    latents = recipe.data.latents_per_teacher * total if recipe.data.kind == "teachers" else 0
+    stages = stage_recipes(found.recipe if found else recipe)
+    made = {stage.work: stage.data for stage in stages if stage.data.kind == "teachers"}.values()  # equal ones once
+    latents = sum(data.latents_per_teacher for data in made) * total
     side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
     drawn = latents * 4 * side**2 * 2
     disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
+    disk += 4 * count if len(stages) > 1 else 0  # the student between two stages
     disk += 12 * body if spec.discriminator == "full" else 0
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
             f"needs {disk / GIB:.1f} GiB of room, and the disk has less", folder, "Free some, or choose another place."
         )
-    samples = spec.steps * spec.batch * len(teachers_of_step(spec, 0, total, sources.old))
+    rows = [part.train.batch * len(teachers_of_step(part.train, 0, total, sources.old)) for part in stages]
+    samples = sum(part.train.steps * count for part, count in zip(stages, rows, strict=True))
+    steps = sum(part.train.steps for part in stages)
     told = Plan(
-        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, spec.steps, samples,
+        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, steps, samples,
         warnings=list(sources.warnings), fits=bool(found) if tried else None, discriminator_parameters=body,
     )  # fmt: skip
     if not found:
@@ -233,10 +239,11 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     # What the trial did not hold: all prompts' embeddings (the student's in float32, the teachers'), and latents twice.
     width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if precision == "fp32" else 2
     ram = trial.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
-    chunks = -(-recipe.data.latents_per_teacher // 16) * total if latents else 0
-    drawing = chunks * recipe.data.steps * trial.seconds_per_denoising
+    chunks = sum(-(-data.latents_per_teacher // 16) * data.steps for data in made) * total
+    drawing = chunks * trial.seconds_per_denoising
+    training = trial.seconds_per_step * samples / rows[0]  # the first stage was tried
     return replace(
-        told, seconds_per_step=trial.seconds_per_step, seconds=trial.seconds_per_step * spec.steps + drawing,
+        told, seconds_per_step=trial.seconds_per_step, seconds=training + drawing,
         peak_bytes=trial.device or ram, ram_bytes=ram, changes=found.changes,
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ class Preview:
     """Draws with the run's prompts and modules, and with random numbers of its own: training takes no notice."""
 
     def __init__(self, merge: Merge) -> None:
-        self.merge = merge
+        self.merge, self.run = merge, merge.distillation
         self.folder = merge.work / "previews"
         self.size = latent_size(merge.sources.base, merge.recipe.data.size)
         prompts = merge.distillation.data.prompts

@@ -122,7 +122,8 @@ def fit(
     """
     room = budget if budget is not None else free_memory(device)
     for changes in candidates(recipe.train, len(recipe.teachers), device):
-        sparing = replace(recipe, train=replace(recipe.train, **changes))
+        stages = tuple(replace(stage, train=replace(stage.train, **changes)) for stage in recipe.stages)
+        sparing = replace(recipe, train=replace(recipe.train, **changes), stages=stages)
         resident = sparing.train.resident or len(recipe.teachers)
         if room is not None and weights_bytes(sparing.train, parameters, device, resident, encoder) > room:
             continue
