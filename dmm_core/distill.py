@@ -160,7 +160,7 @@ class Distillation:
         if self.critic:
             again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
             t_again, noise, style = to_device((*again, which), self.device)
-            mine, theirs = (predict_x0(x_t, e.float(), t) for e in (eps, wanted))
+            mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
             adversarial = self.critic.fool(mine, t_again, noise, context, style)
             loss = loss + self.spec.adversarial * adversarial
             discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)

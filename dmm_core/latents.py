@@ -82,7 +82,7 @@ def teacher_latents(
                 sample_latents(
                     teachers.unet(index), teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
                     cfg_scale=spec.cfg_scale, negative=teachers.context(index, torch.tensor([len(prompts)])),
-                    prediction_type=sources.base.prediction_type,
+                    **teachers.sampling(index),
                 ).cpu()
             )  # fmt: skip
             notify("teachers draw their training data", index * count + start + len(rows), total)

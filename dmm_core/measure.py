@@ -54,9 +54,19 @@ class Bench:
         self.done = 0
 
     def sample(
-        self, unet: Any, context: Tensor, seeds: int, style: Tensor | None = None, rows: slice = slice(None)
+        self,
+        unet: Any,
+        context: Tensor,
+        seeds: int,
+        style: Tensor | None = None,
+        rows: slice = slice(None),
+        sampling: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Latents of the prompts; ``context`` holds the empty prompt's embedding last."""
+        """Latents of the prompts; ``context`` holds the empty prompt's embedding last.
+
+        ``sampling``: of another kind of model than the student, see ``Teachers.sampling``.
+        """
+        kind = sampling or {"prediction_type": self.student.prediction_type}
         prompts, empty = context[:-1][rows], context[-1:]
         noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
         parts = []
@@ -65,7 +75,7 @@ class Bench:
             parts.append(
                 sample_latents(
                     unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
-                    negative=empty.to(unet.device), style=style, prediction_type=self.student.prediction_type,
+                    negative=empty.to(unet.device), style=style, **kind,
                 )
             )  # fmt: skip
             self.done += len(parts[-1])
@@ -74,7 +84,7 @@ class Bench:
 
     def of_teacher(self, index: int, seeds: int, rows: slice = slice(None)) -> Tensor:
         context = self.teachers.context(index, torch.arange(len(self.prompts) + 1)).float()
-        return self.sample(self.teachers.unet(index), context, seeds, rows=rows)
+        return self.sample(self.teachers.unet(index), context, seeds, None, rows, self.teachers.sampling(index))
 
     def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
         return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows)

@@ -102,7 +102,7 @@ def open_sources(recipe: Recipe, check_values: bool = True) -> Sources:
 
         return open_extended(recipe, base, check_values)
     teachers = tuple(open_teacher(teacher, base) for teacher in recipe.teachers)
-    base = base or teachers[0]
+    base = base or next((teacher for teacher in teachers if same_prediction(teacher)), teachers[0])
     for checkpoint in dict.fromkeys((base, *teachers)):
         must_fit(base, checkpoint)
         if check_values:
@@ -132,7 +132,6 @@ def must_fit(base: Checkpoint, other: Checkpoint) -> None:
     """Raise BadInput unless both have one architecture, prediction type and prompt width."""
     for what, mine, theirs in (
         ("family", base.family, other.family),
-        ("prediction type", base.prediction_type, other.prediction_type),
         ("UNet shape", _architecture(base), _architecture(other)),
     ):
         if mine != theirs:
@@ -142,12 +141,32 @@ def must_fit(base: Checkpoint, other: Checkpoint) -> None:
                 else f"another one than {base.path.name}"
             )
             raise BadInput(f"its {what} is {told}", other.path, "Only models of one architecture can be merged.")
+    require_convertible(base, other)
     if other.dmm is not None:
         raise BadInput(
             "is a DMM file already, not a teacher", other.path, "Export one of its styles with dmm mix --bake."
         )
     if not other.text_configs:
         raise BadInput("holds no text encoder", other.path, "Use the full checkpoint.")
+
+
+def same_prediction(a: Checkpoint, b: Checkpoint | None = None) -> bool:
+    """Whether two models predict the same, by the same noise schedule; without a second: ε by the ordinary one."""
+    return (a.prediction_type, a.zero_snr) == ((b.prediction_type, b.zero_snr) if b else ("epsilon", False))
+
+
+def require_convertible(base: Checkpoint, other: Checkpoint) -> None:
+    """Raise BadInput unless what ``other`` predicts can be told as ``base`` does.
+
+    v becomes ε, and times of a zero-terminal-SNR schedule those with as much noise. Of ε no v is made: that would
+    divide the teacher's error by √ᾱ_t, 15 times at the noisiest end.
+    """
+    hint = "Give the recipe an ordinary epsilon model as base."
+    if base.zero_snr:
+        raise BadInput("is a zero-terminal-SNR model, by whose schedule no student is trained", base.path, hint)
+    if base.prediction_type != "epsilon" and other.prediction_type != base.prediction_type:
+        told = f"its prediction type is {other.prediction_type} where {base.path.name} is {base.prediction_type}"
+        raise BadInput(told, other.path, hint)
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -164,6 +183,10 @@ def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
         for teacher in others
         if not _same(encoder, teacher.text_encoder(0))
     ]
+    for teacher in others:
+        if not same_prediction(base, teacher):
+            what = "a zero-terminal-SNR model" if teacher.zero_snr else "a v-prediction model"
+            found.append(f"{teacher.path.name} is {what}: what it predicts is converted; it is left out of averages.")
     if base.vae_config is None:
         return [*found, f"{base.path.name} holds no VAE; the DMM file will have none."]
     mine = base.vae()

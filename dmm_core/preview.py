@@ -61,7 +61,9 @@ class Preview:
 
     def _teacher(self, index: int) -> Tensor:
         teachers = self.merge.distillation.teachers
-        return self._sample(teachers.unet(index), lambda rows: teachers.context(index, rows), None)
+        return self._sample(
+            teachers.unet(index), lambda rows: teachers.context(index, rows), None, teachers.sampling(index)
+        )
 
     def _student(self, index: int) -> Tensor:
         run = self.merge.distillation
@@ -70,13 +72,14 @@ class Preview:
             style = run.student.codebook(weights.to(run.device))
         return self._sample(run.student.unet, lambda rows: run.context[rows].to(run.device), style)
 
-    def _sample(self, unet: Any, context: Any, style: Tensor | None) -> Tensor:
+    def _sample(self, unet: Any, context: Any, style: Tensor | None, kind: Any = None) -> Tensor:
         run, spec = self.merge.distillation, self.merge.recipe.data
+        kind = kind or {"prediction_type": self.merge.sources.base.prediction_type}
         with run.autocast():
             return sample_latents(
                 unet, context(torch.tensor(self.prompts)), initial_noise(range(len(self.prompts)), self.size),
                 steps=STEPS, cfg_scale=spec.cfg_scale, negative=context(torch.tensor([len(run.data.prompts) - 1])),
-                style=style, prediction_type=self.merge.sources.base.prediction_type,
+                style=style, **kind,
             )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dmm_core.latents import Notify, latent_size, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
-from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
+from dmm_core.plan import Sources, choose_device, choose_precision, open_sources, same_prediction
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
@@ -176,7 +176,7 @@ def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
         choose_precision(spec.precision, device, spec.weights)
     ]
     last = wants_channels_last(spec.channels_last, torch.device(device))
-    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile)
+    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile, sources.base.prediction_type)
 
 
 def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers | None = None) -> Distillation:
@@ -204,12 +204,20 @@ def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
         return {key: tensor.float() for key, tensor in sources.earlier.unet().items()}
     if recipe.train.start == "base":
         return {key: tensor.float() for key, tensor in sources.base.unet().items()}
-    return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers])
+    return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers], sources.base)
 
 
-def average_tensors(teachers: Sequence[Checkpoint], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The teachers' weight average, which is also what the student is measured against."""
-    return weighted_average([teacher.unet for teacher in teachers], weights)
+def average_tensors(
+    teachers: Sequence[Checkpoint], weights: Sequence[float] | None = None, like: Checkpoint | None = None
+) -> dict[str, Tensor]:
+    """The teachers' weight average, which is also what the student is measured against.
+
+    ``like``: whose kind of prediction those have that take part; where none has it, its own tensors.
+    """
+    part = [i for i, teacher in enumerate(teachers) if like is None or same_prediction(like, teacher)]
+    if like is not None and not part:
+        return {key: tensor.float() for key, tensor in like.unet().items()}
+    return weighted_average([teachers[i].unet for i in part], weights and [weights[i] for i in part])
 
 
 # ---------------------------------------------------------------- what is measured afterwards
@@ -222,6 +230,8 @@ def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float,
     encoder, vae = build_text_encoder(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
     student, path = distillation.student.eval(), Path(merge.recipe.out)
     pipe = Pipeline(student.unet, encoder, vae, base.family, base.prediction_type, student.codebook, path)
-    average = build_unet(base.unet_config, average_tensors(sources.teachers), torch.float32, path, styled=False)
+    average = build_unet(
+        base.unet_config, average_tensors(sources.teachers, None, base), torch.float32, path, styled=False
+    )
     size = latent_size(base, merge.recipe.data.size)
     return Bench(pipe, distillation.teachers, average.to(device), prompts, size, steps, cfg_scale, notify)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.diffusion import to_epsilon, zero_snr_times
 from dmm_core.extension import StyleTeacher
 from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_text_encoder, build_unet, encode_prompts, require_sd15
@@ -28,6 +29,7 @@ class Teachers:
         checkpoints: one a teacher, all of one architecture.
         resident: how many UNets may be on the device at once; None keeps all.
         channels_last, compiled: see ``speed.quicken``.
+        prediction_type: the student's, which ``predict`` converts to; None: the first teacher's.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Teachers:
         resident: int | None = None,
         channels_last: bool = False,
         compiled: bool = False,
+        prediction_type: str | None = None,
     ) -> None:
         self.checkpoints = [require_sd15(checkpoint) for checkpoint in checkpoints]
         self.device, self.dtype = torch.device(device), dtype
         self.resident = resident or len(self.checkpoints)
         self.channels_last, self.compiled = channels_last, compiled
+        self.prediction_type = prediction_type or self.checkpoints[0].prediction_type
         self.loads = 0
         self._unets: OrderedDict[int, Slot] = OrderedDict()
         self._store: HostStore | None = None
@@ -132,13 +136,21 @@ class Teachers:
     def predict(
         self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher ``index``'s ε for x_t (B, 4, h, w), and its blocks' outputs if they are asked for."""
-        unet = self.unet(index)
+        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted."""
+        unet, its = self.unet(index), self.checkpoints[index]
+        asked = zero_snr_times(t.device)[t] if its.zero_snr else t
         with BlockFeatures(unet, enabled=features) as blocks:
-            eps = unet(x_t.to(self.dtype), t, self.context(index, prompts)).sample
+            told = unet(x_t.to(self.dtype), asked, self.context(index, prompts)).sample.float()
         self._unets[index].release()
         self._prefetch(index)
-        return eps.float(), blocks.take()
+        if its.prediction_type != self.prediction_type:
+            told = to_epsilon(told, x_t, t, its.prediction_type)
+        return told, blocks.take()
+
+    def sampling(self, index: int) -> dict[str, Any]:
+        """What ``sample_latents`` must know of a teacher."""
+        its = self.checkpoints[index]
+        return {"prediction_type": its.prediction_type, "zero_snr": its.zero_snr}
 
 
 def _fingerprint(module: Any) -> tuple:

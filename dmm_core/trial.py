@@ -81,7 +81,7 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
             sample_latents(
                 teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
                 cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
-                prediction_type=sources.base.prediction_type,
+                **teachers.sampling(index),
             ).cpu()  # fmt: skip
             denoising = time.monotonic() - began
     pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))

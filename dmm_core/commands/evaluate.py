@@ -92,13 +92,16 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     device = choose_device(args.device)
     small = checkpoint.unet_config["block_out_channels"][0] < 128
     average = build_unet(
-        teachers[0].unet_config, average_tensors(teachers), torch.float32, teachers[0].path, styled=False
+        checkpoint.unet_config,
+        average_tensors(teachers, None, checkpoint),
+        torch.float32,
+        checkpoint.path,
+        styled=False,
     )
-    return Bench(
-        load_pipeline(checkpoint, device), Teachers(teachers, device), average.to(device), prompts,
-        latent_size(checkpoint, None),
-        args.steps, args.cfg if args.cfg is not None else (2.0 if small else 7.0), notify=notify,
-    )  # fmt: skip
+    beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
+    cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
+    student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
+    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify)
 
 
 def earlier_bench(bench: Any, path: str) -> Any:
