@@ -136,7 +136,7 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
         events("stopped", step=merge.distillation.steps_done if merge else 0, resumable=unfinished(recipe))
         raise KeyboardInterrupt("The same job again goes on from there.") from None
     run = merge.distillation
-    told = {"out": path, "styles": list(merge.sources.names), "steps": run.step_count,
+    told = {"out": path, "styles": list(merge.sources.names), "steps": run.steps_done,
             "samples_seen": run.samples_seen, "seconds": round(merge.seconds, 1)}  # fmt: skip
     events("done", **told)
     return told
@@ -199,6 +199,6 @@ class Previews:
             self.seconds = 0.0
             self.events("warning", line=f"there are no previews: {one_line(error)}")
             return
-        self.events("preview", path=path, caption=caption, step=self.merge.distillation.step_count)
+        self.events("preview", path=path, caption=caption, step=self.merge.distillation.steps_done)
         now = time.monotonic()
         self.next = now + max(self.seconds, SHARE * (now - began))

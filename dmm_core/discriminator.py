@@ -86,6 +86,7 @@ class Critic:
         plain = replace(spec, fused_backward=False, optimizer="adamw")
         self.optimizer = StudentOptimizer([(self.parameters, spec.adversarial_lr or spec.lr)], plain, device)
         self.device, self.precision = device, precision
+        self.require_gradients(False)
 
     def logits(self, x0: Tensor, t: Tensor, noise: Tensor, context: Tensor) -> Tensor:
         """Of clean predictions (B, 4, h, w), diffused again to t (B,) with noise of their shape: (B, 2N)."""
@@ -95,12 +96,7 @@ class Critic:
 
     def fool(self, x0: Tensor, t: Tensor, noise: Tensor, context: Tensor, style: Tensor) -> Tensor:
         """The student's loss L_adv (B,), Eq. 11: cross-entropy of its x̂0 to "of teacher i"; for styles i (B,)."""
-        for p in self.parameters:  # the student's loss is no reason for the discriminator to change
-            p.requires_grad_(False)
-        loss = F.cross_entropy(self.logits(x0, t, noise, context), style, reduction="none")
-        for p in self.parameters:
-            p.requires_grad_(True)
-        return loss
+        return F.cross_entropy(self.logits(x0, t, noise, context), style, reduction="none")
 
     def learn(
         self, student: Tensor, teacher: Tensor, t: Tensor, noise: Tensor, context: Tensor, style: Tensor, scale: Any
@@ -114,10 +110,19 @@ class Critic:
         """
         twice = [torch.cat([x, x]) for x in (t, noise, context)]
         told = torch.cat([style + self.module.styles, style])
-        loss = F.cross_entropy(self.logits(torch.cat([student, teacher]), *twice), told, reduction="none")
-        rows = loss.view(2, -1).sum(0)
-        scale(rows).backward()
+        self.require_gradients(True)
+        try:
+            loss = F.cross_entropy(self.logits(torch.cat([student, teacher]), *twice), told, reduction="none")
+            rows = loss.view(2, -1).sum(0)
+            scale(rows).backward()
+        finally:  # memory may run out
+            self.require_gradients(False)
         return rows.detach()
+
+    def require_gradients(self, wanted: bool) -> None:
+        """Only in its own step: the student's loss is no reason for the discriminator to change."""
+        for p in self.parameters:
+            p.requires_grad_(wanted)
 
     def step(self, scaler: Any, ranks: Any) -> None:
         """Use the gradients of all processes; ``scaler.update`` is the caller's."""

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from dmm_core.features import Extractor
+from dmm_core.fitting import same_prediction
 from dmm_core.frechet import Gaussian, frechet
 from dmm_core.measure import SEEDS_A, Bench, Compared
 from dmm_core.merge import weighted_average
 from dmm_core.models import build_unet
-from dmm_core.plan import same_prediction
 from dmm_core.sample import decode
 from dmm_core.style import lerp, one_hot
 

@@ -50,14 +50,14 @@ class Preview:
         del vae
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # what the VAE took is the training's again
-        path = self.folder / f"step-{run.step_count:07d}.jpg"
+        path = self.folder / f"step-{run.steps_done:07d}.jpg"
         data = io.BytesIO()
         grid(names, self.of_teachers, students, points).save(data, "JPEG", quality=88)
         write_atomically(path, data.getvalue())
         for old in sorted(self.folder.glob("step-*.jpg"))[:-KEPT]:
             old.unlink(missing_ok=True)
         shown = " | ".join(run.data.prompts[i] for i in self.prompts)
-        return path, f"step {run.step_count}: teachers above, student below ({shown})"
+        return path, f"step {run.steps_done}: teachers above, student below ({shown})"
 
     def _teacher(self, index: int) -> Tensor:
         teachers = self.merge.distillation.teachers

@@ -17,11 +17,12 @@ from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
+from dmm_core.fitting import same_prediction
 from dmm_core.latents import Notify, latent_size, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoder, build_unet, build_vae, encode_prompts
-from dmm_core.plan import Sources, choose_device, choose_precision, open_sources, same_prediction
+from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents

@@ -133,7 +133,13 @@ def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
 
 @pytest.mark.parametrize(
     "economy",
-    [{"micro": 1}, {"checkpointing": True}, {"resident": 1}, {"fused_backward": True}],
+    [
+        {"micro": 1},
+        {"checkpointing": True},
+        {"resident": 1},
+        {"fused_backward": True},
+        {"discriminator": "full", "checkpointing": True},
+    ],
     ids=lambda economy: " ".join(economy),
 )
 def test_economies_work_with_it(tmp_path, teachers, economy):
