@@ -163,8 +163,9 @@ class Distillation:
             mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
             adversarial = self.critic.fool(mine, t_again, noise, context, style)
             loss = loss + self.spec.adversarial * adversarial
-            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         scaled(loss).backward()
+        if self.critic:  # now that the student's activations are gone
+            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         sums = (score, feature, adversarial, discriminator, torch.ones_like(score))
         return styles.T @ torch.stack([x.detach() for x in sums], 1)
 
