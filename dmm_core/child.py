@@ -109,11 +109,12 @@ def output_name(recipe: Recipe) -> str:
 
 
 def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, Any]:
-    from dmm_core.run import prepare, state_file
+    from dmm_core.run import prepare
+    from dmm_core.stages import unfinished
 
-    state, stop_file = state_file(recipe), work_folder(recipe) / "stop"
+    stop_file = work_folder(recipe) / "stop"
     asked = lambda: events.gone or stop_file.exists()  # noqa: E731
-    resumed = state.exists()
+    resumed = unfinished(recipe)
     events("started", process=os.getpid(), resumed=resumed, work=work_folder(recipe), out=recipe.out)
 
     def notify(what: str, done: int, total: int) -> None:
@@ -132,10 +133,10 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
         path = merge.save()
     except KeyboardInterrupt:
         stop_file.unlink(missing_ok=True)
-        events("stopped", step=merge.distillation.step_count if merge else 0, resumable=state.exists())
+        events("stopped", step=merge.distillation.steps_done if merge else 0, resumable=unfinished(recipe))
         raise KeyboardInterrupt("The same job again goes on from there.") from None
     run = merge.distillation
-    told = {"out": path, "styles": list(merge.sources.names), "steps": run.step_count,
+    told = {"out": path, "styles": list(merge.sources.names), "steps": run.steps_done,
             "samples_seen": run.samples_seen, "seconds": round(merge.seconds, 1)}  # fmt: skip
     events("done", **told)
     return told
@@ -143,9 +144,9 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
 
 def _train(merge: Any, asked: Callable[[], bool], previews: Previews, events: Events) -> None:
     """All steps that are left; leaves the averaged weights in the student."""
-    total = merge.recipe.train.steps
+    total = merge.total_steps
     saved, told = _changed(merge.state_file), 0.0
-    began, first = time.monotonic(), merge.distillation.step_count
+    began, first = time.monotonic(), merge.distillation.steps_done
     losses = previews.losses = Losses(merge.work / "losses.json", first)
     events("progress", step=first, total=total, seconds_left=None, losses=losses.now, loss=None)
     for result in merge.timed_steps(asked):
@@ -191,12 +192,13 @@ class Previews:
 
         began = time.monotonic()
         try:
-            self.preview = self.preview or Preview(self.merge)
+            if self.preview is None or self.preview.run is not self.merge.distillation:  # another stage, other prompts
+                self.preview = Preview(self.merge)
             path, caption = self.preview.draw(self.losses.points if self.losses else [])
         except (RuntimeError, BadInput) as error:  # memory above all, or no VAE in the file
             self.seconds = 0.0
             self.events("warning", line=f"there are no previews: {one_line(error)}")
             return
-        self.events("preview", path=path, caption=caption, step=self.merge.distillation.step_count)
+        self.events("preview", path=path, caption=caption, step=self.merge.distillation.steps_done)
         now = time.monotonic()
         self.next = now + max(self.seconds, SHARE * (now - began))

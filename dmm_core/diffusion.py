@@ -25,7 +25,37 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
-def predict_x0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x̂0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t    DMM (arXiv:2504.12364) Eq. 12."""
+def to_epsilon(prediction: Tensor, x_t: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+    """ε of what a model says of x_t (B, C, H, W) at t (B,): ε itself, or √ᾱ_t v + √(1−ᾱ_t) x_t (arXiv:2202.00512)."""
+    if prediction_type == "epsilon":
+        return prediction
     a = alphas_cumprod(x_t.device)[t].view(-1, 1, 1, 1)
-    return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+    return a.sqrt() * prediction + (1 - a).sqrt() * x_t
+
+
+def predict_x0(x_t: Tensor, prediction: Tensor, t: Tensor, prediction_type: str = "epsilon") -> Tensor:
+    """x̂0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t    DMM (arXiv:2504.12364) Eq. 12; of v: √ᾱ_t x_t − √(1−ᾱ_t) v."""
+    a = alphas_cumprod(x_t.device)[t].view(-1, 1, 1, 1)
+    if prediction_type == "v_prediction":
+        return a.sqrt() * x_t - (1 - a).sqrt() * prediction
+    return (x_t - (1 - a).sqrt() * prediction) / a.sqrt()
+
+
+@lru_cache(maxsize=1)
+def zero_snr_alphas_cumprod() -> Tensor:
+    """ᾱ'_t of the schedule that ends in pure noise, float64 (1000,): √ᾱ moved and stretched (arXiv:2305.08891)."""
+    roots = alphas_cumprod().double().sqrt()
+    return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+
+
+@lru_cache(maxsize=4)
+def zero_snr_times(device: torch.device | str = "cpu") -> Tensor:
+    """For every t the time t' at which the zero-terminal-SNR schedule has as much noise, ᾱ'_t' = ᾱ_t: (1000,) float32.
+
+    Between two timesteps log SNR is interpolated. x_t is then the same for both, and a model of that schedule can be
+    asked about it; its noisiest times have no counterpart.
+    """
+    wanted, given = alphas_cumprod().double().logit(), zero_snr_alphas_cumprod()[:-1].logit()  # both fall with t
+    right = torch.searchsorted(-given, -wanted).clamp(1, len(given) - 1)
+    left = right - 1
+    return (left + (given[left] - wanted) / (given[left] - given[right])).clamp(min=0).float().to(device)

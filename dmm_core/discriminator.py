@@ -90,6 +90,7 @@ class Critic:
         plain = replace(spec, fused_backward=False, optimizer="adamw")
         self.optimizer = StudentOptimizer([(self.parameters, spec.adversarial_lr or spec.lr)], plain, device)
         self.device, self.precision = device, precision
+        self.require_gradients(False)
 
     def logits(self, x0: Tensor, t: Tensor, noise: Tensor, context: Context) -> Tensor:
         """Of clean predictions (B, 4, h, w), diffused again to t (B,) with noise of their shape: (B, 2N)."""
@@ -120,10 +121,19 @@ class Critic:
         """
         twice = (torch.cat([t, t]), torch.cat([noise, noise]), Context.cat([context, context]))
         told = torch.cat([style + self.module.styles, style])
-        loss = F.cross_entropy(self.logits(torch.cat([student, teacher]), *twice), told, reduction="none")
-        rows = loss.view(2, -1).sum(0)
-        scale(rows).backward()
+        self.require_gradients(True)
+        try:
+            loss = F.cross_entropy(self.logits(torch.cat([student, teacher]), *twice), told, reduction="none")
+            rows = loss.view(2, -1).sum(0)
+            scale(rows).backward()
+        finally:  # memory may run out
+            self.require_gradients(False)
         return rows.detach()
+
+    def require_gradients(self, wanted: bool) -> None:
+        """Only in its own step: the student's loss is no reason for the discriminator to change."""
+        for p in self.parameters:
+            p.requires_grad_(wanted)
 
     def step(self, scaler: Any, ranks: Any) -> None:
         """Use the gradients of all processes; ``scaler.update`` is the caller's."""

@@ -81,6 +81,7 @@ class Distillation:
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
         self.step_count = self.samples_seen = 0
+        self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
         self.economy = Economy(rows, spec.checkpointing, teachers.resident, splits=not spec.fused_backward)
         self.be_sparing()
@@ -106,7 +107,7 @@ class Distillation:
         self.step_count += 1
         names = self.student.codebook.names
         return StepResult(
-            self.step_count, self.samples_seen, self.optimizer.lr, tuple(warnings), tally, names, self.spec
+            self.steps_done, self.samples_seen, self.optimizer.lr, tuple(warnings), tally, names, self.spec
         )
 
     def accumulate(self) -> Tensor | None:
@@ -160,11 +161,12 @@ class Distillation:
         if self.critic:
             again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
             t_again, noise, style = to_device((*again, which), self.device)
-            mine, theirs = (predict_x0(x_t, e.float(), t) for e in (eps, wanted))
+            mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
             adversarial = self.critic.fool(mine, t_again, noise, context, style)
             loss = loss + self.spec.adversarial * adversarial
-            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         scaled(loss).backward()
+        if self.critic:  # now that the student's activations are gone
+            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         sums = (score, feature, adversarial, discriminator, torch.ones_like(score))
         return styles.T @ torch.stack([x.detach() for x in sums], 1)
 
@@ -181,6 +183,11 @@ class Distillation:
         size = max(1, rows // whole)
         for start in range(0, len(pieces), size):
             yield pieces[start : start + size]
+
+    @property
+    def steps_done(self) -> int:
+        """Over all stages."""
+        return self.steps_before + self.step_count
 
     @property
     def optimizers(self) -> list[StudentOptimizer]:

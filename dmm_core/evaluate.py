@@ -16,6 +16,7 @@ import numpy as np
 from dmm_core.errors import BadInput
 from dmm_core.features import Extractor
 from dmm_core.frechet import Gaussian, bootstrap_distances, floor, frechet, frechet_matrix, kid_matrix, ratio_errors
+from dmm_core.separation import separation
 
 Pictures = Mapping[str, np.ndarray]  # style → (n, H, W, 3) uint8
 MAX_BOOTSTRAP_DIM = 512  # above it one distance takes seconds
@@ -25,7 +26,8 @@ MAX_BOOTSTRAP_DIM = 512  # above it one distance takes seconds
 class Evaluation:
     """What :func:`evaluate_pictures` measured. Matrices are (N, N): row = whose pictures, column = teacher (seeds B).
 
-    ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's.
+    ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's;
+    ``separation`` is what ``separation.separation`` says.
     Errors are one standard deviation over
     ``bootstrap`` resamples, None without any.
     """
@@ -45,6 +47,7 @@ class Evaluation:
     average_ratio_error: float | None
     style_ratio_errors: tuple[float | None, ...]
     before_row: np.ndarray | None = None
+    separation: dict[str, Any] | None = None
 
     @property
     def fid_t(self) -> float:
@@ -161,6 +164,7 @@ def evaluate_pictures(
         average_ratio_error=errors[1],
         style_ratio_errors=errors[2],
         before_row=row_before,
+        separation=separation(s, b, r),
     )
 
 
@@ -247,6 +251,7 @@ def to_report(
         "kid": e.kid.tolist(),
         "kid_reference": e.kid_reference.tolist(),
         "floors": dict(zip(e.styles, e.floors.tolist(), strict=True)),
+        "separation": e.separation,
         "bootstrap": e.bootstrap,
         "seconds": seconds,
         "samples_seen": samples_seen,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint, open_checkpoint
 from dmm_core.errors import BadInput
-from dmm_core.plan import Sources, differences, must_fit, open_teacher
+from dmm_core.fitting import differences, must_fit
+from dmm_core.plan import Sources, open_teacher
 from dmm_core.recipe import Recipe, TrainSpec
 from dmm_core.student import TIME_BIAS
 

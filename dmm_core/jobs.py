@@ -201,8 +201,9 @@ def same_merge(recipe: Recipe, work: Path) -> bool:
 def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the result of a merge, of a recipe as a plain mapping."""
     kept = {key: recipe.get(key) for key in ("teachers", "base", "student", "default_style", "data")}
-    train = recipe.get("train") or {}
-    return {**kept, "train": {key: value for key, value in train.items() if key not in FREE}}
+    bare = lambda train: {key: value for key, value in (train or {}).items() if key not in FREE}  # noqa: E731
+    stages = [{**stage, "train": bare(stage["train"])} for stage in recipe.get("stages") or ()]
+    return {**kept, "train": bare(recipe.get("train")), "stages": stages}
 
 
 def _require_free(recipe: Recipe) -> None:
@@ -244,5 +245,5 @@ def _crash(code: int, work: Path) -> str:
     except OSError:
         lines = []
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    again = " Starting it again goes on from its last save." if (work / "state.safetensors").exists() else ""
+    again = " Starting it again goes on from its last save." if any(work.glob("st*.safetensors")) else ""
     return f"the merge's process broke off ({how})" + (f", last words: {said[:300]}." if said else ".") + again

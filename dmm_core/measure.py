@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,26 @@ class Bench:
         self.done = 0
 
     def sample(
-        self, unet: Any, context: Context, seeds: int, style: Tensor | None = None, rows: slice = slice(None)
+        self,
+        unet: Any,
+        context: Context,
+        seeds: int,
+        style: Tensor | None = None,
+        rows: slice = slice(None),
+        sampling: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Latents of the prompts; ``context`` holds the empty prompt's embedding last."""
+        """Latents of the prompts; ``context`` holds the empty prompt's embedding last.
+
+        ``sampling``: of another kind of model than the student, see ``Teachers.sampling``.
+        """
+        kind = sampling or {"prediction_type": self.student.prediction_type}
         prompts, empty = context[:-1][rows], context[-1:]
         noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
 
         def draw(part: slice) -> Tensor:
             return sample_latents(
                 unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
-                negative=empty.to(unet.device), style=style, prediction_type=self.student.prediction_type,
+                negative=empty.to(unet.device), style=style, **kind,
             )  # fmt: skip
 
         parts = []
@@ -77,7 +88,7 @@ class Bench:
 
     def of_teacher(self, index: int, seeds: int, rows: slice = slice(None)) -> Tensor:
         context = self.teachers.context(index, torch.arange(len(self.prompts) + 1)).to(torch.float32)
-        return self.sample(self.teachers.unet(index), context, seeds, rows=rows)
+        return self.sample(self.teachers.unet(index), context, seeds, None, rows, self.teachers.sampling(index))
 
     def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
         return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows)
@@ -109,27 +120,25 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
         t = ((torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count * TIMESTEPS).long()
         noise = torch.randn(x0.shape, generator=rng).to(x0.device)
         x_t, t = add_noise(x0, noise, t.to(x0.device)), t.to(x0.device)
-        own = bench.teachers.context(index, prompt)
-        wanted = _in_chunks(_predict(bench.teachers.unet(index), x_t, t, own, None), x_t)
+        own, unet = bench.teachers.context(index, prompt), bench.teachers.unet(index)
+        wanted = _in_chunks(partial(bench.teachers.told, index, unet), x_t, t, own)
         context = bench.context[prompt]
         style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
         labels = style.expand(count, -1)
-        mine = _in_chunks(_predict(bench.student.unet, x_t, t, context, labels), x_t)
-        plain = _in_chunks(_predict(bench.average, x_t, t, context, None), x_t)
+        mine = _in_chunks(partial(predict, bench.student.unet), x_t, t, context, labels)
+        plain = _in_chunks(partial(predict, bench.average), x_t, t, context)
         student_mse[name] = F.mse_loss(mine, wanted).item()
         average_mse[name] = F.mse_loss(plain, wanted).item()
     return score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
 
 
-def _predict(unet: Any, x_t: Tensor, t: Tensor, context: Context, style: Tensor | None) -> Callable[[slice], Tensor]:
+def _in_chunks(ask: Callable[..., Tensor], x_t: Tensor, *more: Any) -> Tensor:
+    """What ``ask`` says of rows of all arguments, asked of few at a time."""
+
     def rows(part: slice) -> Tensor:
-        return predict(unet, x_t[part], t[part], context[part], None if style is None else style[part]).float()
+        return ask(*(each[part] for each in (x_t, *more))).float()
 
-    return rows
-
-
-def _in_chunks(predict: Callable[[slice], Tensor], x_t: Tensor) -> Tensor:
-    return torch.cat(list(side_by_side(predict, _chunks(len(x_t), 24), x_t.device)))
+    return torch.cat(list(side_by_side(rows, _chunks(len(x_t), 24), x_t.device)))
 
 
 def _chunks(count: int, size: int) -> list[slice]:

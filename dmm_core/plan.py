@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from dmm_core.checkpoint import Checkpoint, LoraGiven, open_checkpoint
 from dmm_core.errors import BadInput
+from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
 from dmm_core.recipe import Recipe, TeacherSpec
 
@@ -102,7 +102,7 @@ def open_sources(recipe: Recipe, check_values: bool = True) -> Sources:
 
         return open_extended(recipe, base, check_values)
     teachers = tuple(open_teacher(teacher, base) for teacher in recipe.teachers)
-    base = base or teachers[0]
+    base = base or next((teacher for teacher in teachers if same_prediction(teacher)), teachers[0])
     for checkpoint in dict.fromkeys((base, *teachers)):
         must_fit(base, checkpoint)
         if check_values:
@@ -128,55 +128,6 @@ def open_teacher(spec: TeacherSpec, base: Checkpoint | None) -> Checkpoint:
     return checkpoint
 
 
-def must_fit(base: Checkpoint, other: Checkpoint) -> None:
-    """Raise BadInput unless both have one architecture, prediction type and prompt width."""
-    for what, mine, theirs in (
-        ("family", base.family, other.family),
-        ("prediction type", base.prediction_type, other.prediction_type),
-        ("UNet shape", _architecture(base), _architecture(other)),
-    ):
-        if mine != theirs:
-            told = (
-                f"{theirs} where {base.path.name} is {mine}"
-                if isinstance(mine, str)
-                else f"another one than {base.path.name}"
-            )
-            raise BadInput(f"its {what} is {told}", other.path, "Only models of one architecture can be merged.")
-    if other.dmm is not None:
-        raise BadInput(
-            "is a DMM file already, not a teacher", other.path, "Export one of its styles with dmm mix --bake."
-        )
-    if not other.text_configs:
-        raise BadInput("holds no text encoder", other.path, "Use the full checkpoint.")
-
-
-def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The UNet's configuration less the picture size it is meant for, which is no matter of shapes."""
-    return {key: value for key, value in checkpoint.unet_config.items() if key != "sample_size"}
-
-
-def differences(base: Checkpoint, teachers: Sequence[Checkpoint]) -> list[str]:
-    """What can be merged and may surprise: another VAE or text encoder than the base's."""
-    others = [teacher for teacher in teachers if teacher.path != base.path]
-    found = [
-        f"{teacher.path.name} has another text encoder than {base.path.name}, whose text encoder the student keeps."
-        for teacher in others
-        if not all(_same(base.text_encoder(i), teacher.text_encoder(i)) for i in range(len(base.text_configs)))
-    ]
-    if base.vae_config is None:
-        return [*found, f"{base.path.name} holds no VAE; the DMM file will have none."]
-    mine = base.vae()
-    return found + [
-        f"{teacher.path.name} has another VAE than {base.path.name}, whose VAE the student keeps."
-        for teacher in others
-        if teacher.vae_config and not _same(mine, teacher.vae())
-    ]
-
-
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key].float(), b[key].float()) for key in a)
-
-
 def parameters(checkpoint: Checkpoint) -> int:
     """Number of the UNet's parameters, from shapes alone."""
     from diffusers import UNet2DConditionModel
@@ -197,6 +148,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     """
     from dmm_core.discriminator import encoder_parameters
     from dmm_core.extension import teachers_of_step
+    from dmm_core.stages import stage_recipes
     from dmm_core.trial import weights_bytes
 
     sources = open_sources(recipe)
@@ -211,19 +163,24 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     size = sum(
         f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
     )
-    latents = recipe.data.latents_per_teacher * total if recipe.data.kind == "teachers" else 0
+    stages = stage_recipes(found.recipe if found else recipe)
+    made = {stage.work: stage.data for stage in stages if stage.data.kind == "teachers"}.values()  # equal ones once
+    latents = sum(data.latents_per_teacher for data in made) * total
     side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
     drawn = latents * 4 * side**2 * 2
     disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
+    disk += 4 * count if len(stages) > 1 else 0  # the student between two stages
     disk += 12 * body if spec.discriminator == "full" else 0
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
             f"needs {disk / GIB:.1f} GiB of room, and the disk has less", folder, "Free some, or choose another place."
         )
-    samples = spec.steps * spec.batch * len(teachers_of_step(spec, 0, total, sources.old))
+    rows = [part.train.batch * len(teachers_of_step(part.train, 0, total, sources.old)) for part in stages]
+    samples = sum(part.train.steps * count for part, count in zip(stages, rows, strict=True))
+    steps = sum(part.train.steps for part in stages)
     told = Plan(
-        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, spec.steps, samples,
+        True, list(sources.names), sources.base.family, count, device, precision, memory, disk, steps, samples,
         warnings=list(sources.warnings), fits=bool(found) if tried else None, discriminator_parameters=body,
     )  # fmt: skip
     if not found:
@@ -232,10 +189,11 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     # What the trial did not hold: all prompts' embeddings (the student's in float32, the teachers'), and latents twice.
     width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if precision == "fp32" else 2
     ram = trial.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
-    chunks = -(-recipe.data.latents_per_teacher // 16) * total if latents else 0
-    drawing = chunks * recipe.data.steps * trial.seconds_per_denoising
+    chunks = sum(-(-data.latents_per_teacher // 16) * data.steps for data in made) * total
+    drawing = chunks * trial.seconds_per_denoising
+    training = trial.seconds_per_step * samples / rows[0]  # the first stage was tried
     return replace(
-        told, seconds_per_step=trial.seconds_per_step, seconds=trial.seconds_per_step * spec.steps + drawing,
+        told, seconds_per_step=trial.seconds_per_step, seconds=training + drawing,
         peak_bytes=trial.device or ram, ram_bytes=ram, changes=found.changes,
     )  # fmt: skip
 

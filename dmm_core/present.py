@@ -46,7 +46,13 @@ def average_of_pair(bench: Bench, pair: tuple[str, str], row: int) -> np.ndarray
     from dmm_core.run import average_tensors
 
     teachers = [bench.teachers.checkpoints[bench.names.index(name)] for name in pair]
-    unet = build_unet(teachers[0].unet_config, average_tensors(teachers), torch.float32, teachers[0].path, styled=False)
+    unet = build_unet(
+        teachers[0].unet_config,
+        average_tensors(teachers, None, teachers[0]),
+        torch.float32,
+        teachers[0].path,
+        styled=False,
+    )
     latents = bench.sample(unet.to(bench.student.device), bench.context, SEEDS_A, rows=slice(row, row + 1))
     return decode(bench.student.vae, latents)[0]
 

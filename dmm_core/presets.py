@@ -89,3 +89,32 @@ def with_preset(data: Any, source: str | Path) -> Any:
         if given is None or isinstance(given, Mapping):  # anything else is a fault that the reader tells
             filled[section] = {**values, **(given or {})}
     return filled
+
+
+def with_stages(data: Any) -> Any:
+    """A recipe's plain mapping whose ``stages`` say all: what one leaves out is as in the recipe itself.
+
+    ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make.
+    """
+    stages = data.get("stages") if isinstance(data, Mapping) else None
+    if not isinstance(stages, list | tuple):
+        return data
+    data_of, train = (dict(v) if isinstance(v := data.get(key), Mapping) else {} for key in ("data", "train"))
+    steps = train.get("steps", 10_000)
+    made: list[Any] = []
+    for stage in stages:
+        given = {"name": stage} if isinstance(stage, str) else stage
+        if not isinstance(given, Mapping):  # a fault that the reader tells
+            made.append(stage)
+            continue
+        own: dict[str, dict[str, Any]] = {"data": {}, "train": {}}
+        if given.get("name") == "synthesised":
+            own["data"] = {"kind": "teachers", "path": None}
+            own["train"] = {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
+        filled = dict(given)
+        for key, common in (("data", data_of), ("train", train)):
+            said = given.get(key) or {}
+            if isinstance(said, Mapping):
+                filled[key] = {**common, **own[key], **said}
+        made.append(filled)
+    return {**data, "stages": made}

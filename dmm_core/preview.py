@@ -31,7 +31,7 @@ class Preview:
     """Draws with the run's prompts and modules, and with random numbers of its own: training takes no notice."""
 
     def __init__(self, merge: Merge) -> None:
-        self.merge = merge
+        self.merge, self.run = merge, merge.distillation
         self.folder = merge.work / "previews"
         self.size = latent_size(merge.sources.base, merge.recipe.data.size)
         prompts = merge.distillation.data.prompts
@@ -50,18 +50,20 @@ class Preview:
         del vae
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # what the VAE took is the training's again
-        path = self.folder / f"step-{run.step_count:07d}.jpg"
+        path = self.folder / f"step-{run.steps_done:07d}.jpg"
         data = io.BytesIO()
         grid(names, self.of_teachers, students, points).save(data, "JPEG", quality=88)
         write_atomically(path, data.getvalue())
         for old in sorted(self.folder.glob("step-*.jpg"))[:-KEPT]:
             old.unlink(missing_ok=True)
         shown = " | ".join(run.data.prompts[i] for i in self.prompts)
-        return path, f"step {run.step_count}: teachers above, student below ({shown})"
+        return path, f"step {run.steps_done}: teachers above, student below ({shown})"
 
     def _teacher(self, index: int) -> Tensor:
         teachers = self.merge.distillation.teachers
-        return self._sample(teachers.unet(index), lambda rows: teachers.context(index, rows), None)
+        return self._sample(
+            teachers.unet(index), lambda rows: teachers.context(index, rows), None, teachers.sampling(index)
+        )
 
     def _student(self, index: int) -> Tensor:
         run = self.merge.distillation
@@ -70,13 +72,14 @@ class Preview:
             style = run.student.codebook(weights.to(run.device))
         return self._sample(run.student.unet, lambda rows: run.context[rows].to(run.device), style)
 
-    def _sample(self, unet: Any, context: Any, style: Tensor | None) -> Tensor:
+    def _sample(self, unet: Any, context: Any, style: Tensor | None, kind: Any = None) -> Tensor:
         run, spec = self.merge.distillation, self.merge.recipe.data
+        kind = kind or {"prediction_type": self.merge.sources.base.prediction_type}
         with run.autocast():
             return sample_latents(
                 unet, context(torch.tensor(self.prompts)), initial_noise(range(len(self.prompts)), self.size),
                 steps=STEPS, cfg_scale=spec.cfg_scale, negative=context(torch.tensor([len(run.data.prompts) - 1])),
-                style=style, prediction_type=self.merge.sources.base.prediction_type,
+                style=style, **kind,
             )  # fmt: skip
 
 

@@ -163,11 +163,12 @@ def _meet(meeting: str, rank: int, count: int) -> None:
 
 def _companion(recipe: Recipe, meeting: str, rank: int, count: int) -> None:
     """What another process does: the same steps, of which it saves and tells nothing."""
-    from dmm_core.run import prepare, state_file
+    from dmm_core.run import prepare
+    from dmm_core.stages import unfinished
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process saves, then ends the others
     torch.set_num_threads(1)
-    distillation = prepare(recipe, resume=state_file(recipe).exists()).distillation
+    distillation = prepare(recipe, resume=unfinished(recipe)).distillation
     _meet(meeting, rank, count)
     for _ in distillation.run(Together()):
         pass

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
-from dmm_core.presets import with_preset
+from dmm_core.presets import with_preset, with_stages
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
 
@@ -115,6 +115,19 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
+class StageSpec:
+    """A part of the training, with data and settings of its own; what is left out is as in the recipe itself.
+
+    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say.
+    """
+
+    shorthand: ClassVar[str] = "name"
+    name: Literal["distil", "synthesised"]
+    data: DataSpec
+    train: TrainSpec
+
+
+@dataclass(frozen=True)
 class EvaluateSpec:
     """What to measure after training; no picture a style is no evaluation."""
 
@@ -131,6 +144,7 @@ class Recipe:
     """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does).
 
     With ``student``, a DMM file, the teachers are added to its styles, and ``base`` is what LoRA files are put on.
+    ``stages`` are trained one after the other, each from the last one's student; without any, there is one.
     ``preset`` fills what is left out (``dmm_core/presets.py``); ``work`` is the folder for what a resume needs (None:
     beside the output).
     """
@@ -147,6 +161,7 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    stages: tuple[StageSpec, ...] = ()
 
     def to_dict(self, names_only: bool = False) -> dict[str, Any]:
         """What ``recipe_from_dict`` reads back, of JSON's types; ``names_only`` leaves the folders out of paths."""
@@ -176,10 +191,17 @@ def recipe_from_dict(
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, with_preset(data, source))
+    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, with_stages(with_preset(data, source)))
     named = (replace(t, name=(t.name or t.path.stem).strip()) for t in recipe.teachers)
     recipe = replace(recipe, teachers=tuple(named))
-    _check_values(recipe, source)
+    if recipe.stages:
+        recipe = replace(recipe, data=recipe.stages[0].data, train=recipe.stages[0].train)
+    parts = [replace(recipe, data=stage.data, train=stage.train) for stage in recipe.stages]
+    for part in parts or [recipe]:
+        _check_values(part, source)
+    for key in ("student", "rank", "weights", "precision", "device", "processes"):
+        if len(values := {getattr(stage.train, key) for stage in recipe.stages}) > 1:
+            raise RecipeError(f"stages: expected one train.{key} for all of them, got {values}", source)
     if check_files:
         _check_files(recipe, source)
     return recipe
@@ -245,5 +267,7 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
 def _check_files(recipe: Recipe, source: str | Path) -> None:
     inputs: dict[str, Path | None] = {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(recipe.teachers)}
     inputs |= {"student": recipe.student, "base": recipe.base, "evaluate.prompts": recipe.evaluate.prompts}
-    inputs |= {"data.path": recipe.data.path, "data.prompts": recipe.data.prompts}
+    for i, data in enumerate((recipe.data, *(stage.data for stage in recipe.stages))):
+        part = f"stages[{i - 1}].data" if i else "data"
+        inputs |= {f"{part}.path": data.path, f"{part}.prompts": data.prompts}
     check_paths(inputs, recipe.out, source)

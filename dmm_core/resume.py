@@ -80,3 +80,28 @@ def load(run: Distillation, path: Path) -> None:
     for name, value in about.get("economy", {}).items():
         setattr(run.economy, name, value)
     run.be_sparing()
+
+
+def save_student(run: Distillation, path: Path) -> None:
+    """The student alone, for the next stage; and how many samples it has seen."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in run.student.learned().items()}
+    write_safetensors(path, tensors, {"samples_seen": str(run.samples_seen)})
+
+
+@torch.no_grad()
+def load_student(run: Distillation, path: Path) -> None:
+    """Start a stage from what ``save_student`` wrote, the moving average too.
+
+    Raises:
+        BadInput: not such a file.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            seen = int((file.metadata() or {})["samples_seen"])
+        run.student.load_state_dict({**run.student.state_dict(), **tensors})
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise BadInput("is no student of this recipe's stage before", path, "Delete the work folder.") from error
+    run.samples_seen = seen
+    for mine, parameter in zip(run.average, run.learned, strict=bool(run.average)):
+        mine.copy_(parameter)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.conditioning import encode_prompts
-from dmm_core.data import LatentData, Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
+from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
+from dmm_core.fitting import same_prediction
+from dmm_core.latents import Notify, latent_size, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
@@ -26,16 +28,11 @@ from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.result import StepResult
-from dmm_core.sample import initial_noise, sample_latents
-from dmm_core.speed import quicken, side_by_side, wants_channels_last
+from dmm_core.resume import load_student, save_student
+from dmm_core.speed import quicken, wants_channels_last
+from dmm_core.stages import finished, stage_recipe, state_file, student_file, total_steps, unfinished
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
-
-Notify = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress callback of those who want none."""
 
 
 @dataclass
@@ -47,6 +44,8 @@ class Merge:
     distillation: Distillation
     seconds: float = 0.0
     ranks: Alone = field(default_factory=Alone)  # the group that this process was launched in
+    notify: Notify = silent
+    stage: int = 0
 
     @property
     def work(self) -> Path:
@@ -55,24 +54,49 @@ class Merge:
 
     @property
     def state_file(self) -> Path:
-        return state_file(self.recipe)
+        return state_file(self.recipe, self.stage)
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.recipe)
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """Train to the end of the recipe, saving every ``save_every`` steps; ``stop`` saves, then KeyboardInterrupt.
 
         Where several processes were launched, the first one saves.
         """
-        every = self.recipe.train.save_every
+        yield from self.steps_of_stage(stop)
+        while self.begin_next_stage():
+            yield from self.steps_of_stage(stop)
+
+    def steps_of_stage(self, stop: Callable[[], bool]) -> Iterator[StepResult]:
+        spec = self.distillation.spec
+        every = spec.save_every
         alone = self.ranks.world == 1
         with companions(self.recipe, self.recipe.train.processes) if alone else nullcontext(self.ranks) as ranks:
             for result in self.distillation.run(ranks):
                 yield result
                 stopped = ranks.stops(stop(), self.distillation.device)
-                done = result.step >= self.recipe.train.steps  # saved too: what comes after may be interrupted
-                if ranks.rank == 0 and (stopped or (every and (done or result.step % every == 0))):
+                step = self.distillation.step_count
+                done = step >= spec.steps  # saved too: what comes after may be interrupted
+                if ranks.rank == 0 and (stopped or (every and (done or step % every == 0))):
                     self.distillation.save_state(self.state_file)
                 if stopped:
                     raise KeyboardInterrupt
+
+    def begin_next_stage(self) -> bool:
+        """Leave this stage's student in the work folder and go on with it; False where there is no further stage."""
+        if self.stage + 1 >= len(self.recipe.stages):
+            return False
+        before = self.distillation
+        before.use_average()
+        if self.ranks.rank == 0:
+            save_student(before, student_file(self.recipe, self.stage))
+            self.state_file.unlink(missing_ok=True)
+        self.ranks.wait()
+        self.stage += 1
+        self.distillation = build(self.recipe, self.stage, self.sources, before.teachers, self.notify, self.ranks)
+        return True
 
     def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """``steps``, with the time they take added to ``seconds``."""
@@ -109,11 +133,6 @@ class Merge:
         return [{"thumbnail": uri, **entry} for entry, uri in zip(info, pictures, strict=True)]
 
 
-def state_file(recipe: Recipe) -> Path:
-    """Where an interrupted run can be taken up."""
-    return work_folder(recipe) / "state.safetensors"
-
-
 def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks: Alone | None = None) -> Merge:
     """Open and check everything, make or load the data, build the student, and take up a saved state.
 
@@ -123,23 +142,34 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks
         BadInput: anything about the recipe's files; a state to resume that is not there, or one that would be lost.
     """
     state = state_file(recipe)
-    if resume and not state.exists():
+    if resume and not unfinished(recipe):
         raise BadInput("there is no saved state to resume", state, "Start without --resume.")
-    if not resume and state.exists():
+    if not resume and unfinished(recipe):
         raise BadInput("an interrupted run lies here", state, "Go on with --resume, or delete it.")
     sources = open_sources(recipe)
     teachers = load_teachers(recipe, sources)
-    ranks = ranks or Alone()
+    stage, ranks = finished(recipe), ranks or Alone()
+    distillation = build(recipe, stage, sources, teachers, notify, ranks)
+    if state.exists():
+        distillation.load_state(state)
+    return Merge(recipe, sources, distillation, ranks=ranks, notify=notify, stage=stage)
+
+
+def build(
+    recipe: Recipe, number: int, sources: Sources, teachers: Teachers, notify: Notify, ranks: Alone
+) -> Distillation:
+    """A stage of the recipe before its first step, with the student that the stage before has left."""
+    stage = stage_recipe(recipe, number)
     if ranks.rank:
         ranks.wait()
-    prompts, pools = make_data(recipe, sources, teachers, notify)
+    prompts, pools = make_data(stage, sources, teachers, notify)
     if not ranks.rank:
         ranks.wait()
-    data = LatentData(prompts, pools, recipe.data.prompt_drop)
-    merge = Merge(recipe, sources, ready(recipe, sources, data, teachers), ranks=ranks)
-    if resume:
-        merge.distillation.load_state(state)
-    return merge
+    made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop), teachers)
+    if number:
+        load_student(made, student_file(recipe, number - 1))
+        made.steps_before = sum(earlier.train.steps for earlier in recipe.stages[:number])
+    return made
 
 
 def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
@@ -148,7 +178,7 @@ def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
         choose_precision(spec.precision, device, spec.weights)
     ]
     last = wants_channels_last(spec.channels_last, torch.device(device))
-    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile)
+    return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile, sources.base.prediction_type)
 
 
 def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers | None = None) -> Distillation:
@@ -176,93 +206,20 @@ def start_tensors(recipe: Recipe, sources: Sources) -> dict[str, Tensor]:
         return {key: tensor.float() for key, tensor in sources.earlier.unet().items()}
     if recipe.train.start == "base":
         return {key: tensor.float() for key, tensor in sources.base.unet().items()}
-    return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers])
+    return average_tensors(sources.teachers, [teacher.weight for teacher in recipe.teachers], sources.base)
 
 
-def average_tensors(teachers: Sequence[Checkpoint], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The teachers' weight average, which is also what the student is measured against."""
-    return weighted_average([teacher.unet for teacher in teachers], weights)
+def average_tensors(
+    teachers: Sequence[Checkpoint], weights: Sequence[float] | None = None, like: Checkpoint | None = None
+) -> dict[str, Tensor]:
+    """The teachers' weight average, which is also what the student is measured against.
 
-
-# ---------------------------------------------------------------- data
-
-
-def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify) -> tuple[list[str], list[Pool]]:
-    """Prompts and one pool of latents a teacher (or one for all), from the cache if this recipe has made one."""
-    spec = recipe.data
-    if spec.kind == "cache":
-        return load_cache(spec.path or "")
-    cache = work_folder(recipe) / "latents.safetensors"
-    if cache.exists():
-        return load_cache(cache)
-    if spec.kind == "images":
-        prompts, pool = encode_images(
-            build_vae(sources.base, torch.float32).to(teachers.device), spec.path or "", spec.size or 512
-        )
-        pools = [pool]
-    else:
-        prompts = (
-            read_prompts(spec.prompts)
-            if spec.prompts
-            else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
-        )
-        pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe))
-    save_cache(cache, prompts, pools)
-    for part in cache.parent.glob("latents-*.safetensors"):
-        part.unlink()
-    return load_cache(cache)  # as stored, so that a resumed run sees the same bits
-
-
-def teacher_latents(
-    recipe: Recipe,
-    sources: Sources,
-    teachers: Teachers,
-    prompts: Sequence[str],
-    notify: Notify = silent,
-    chunk: int = 16,
-    keep: Path | None = None,
-) -> list[Pool]:
-    """``latents_per_teacher`` latents sampled from every teacher, the prompts in turn: no data set is needed.
-
-    ``keep``: a folder where each teacher's are put, and found again after an interruption.
+    ``like``: whose kind of prediction those have that take part; where none has it, its own tensors.
     """
-    spec = recipe.data
-    count, total = spec.latents_per_teacher, spec.latents_per_teacher * len(teachers)
-    size = latent_size(sources.base, spec.size)
-    teachers.embed([*prompts, ""])
-    pools = []
-    for index in range(len(teachers)):
-        kept = keep / f"latents-{index}.safetensors" if keep else None
-        if kept and kept.exists():
-            pools += load_cache(kept)[1]
-            continue
-        number = (
-            torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
-        )
-        unet, nothing = teachers.unet(index), teachers.context(index, torch.tensor([len(prompts)]))
-
-        def draw(start: int, unet=unet, nothing=nothing, index=index, number=number) -> Tensor:
-            rows = number[start : start + chunk]
-            seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + start + i for i in range(len(rows))]
-            return sample_latents(
-                unet, teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
-                cfg_scale=spec.cfg_scale, negative=nothing, prediction_type=sources.base.prediction_type,
-            ).cpu()  # fmt: skip
-
-        parts = []
-        for part in side_by_side(draw, range(0, count, chunk), teachers.device):
-            parts.append(part)
-            notify("teachers draw their training data", index * count + sum(map(len, parts)), total)
-        pools.append(Pool(torch.cat(parts), number))
-        if kept:
-            save_cache(kept, prompts, pools[-1:])
-    return pools
-
-
-def latent_size(base: Checkpoint, pixels: int | None) -> tuple[int, int]:
-    """Height and width of latents: of ``pixels`` square, or of the size that the file says it is made for."""
-    side = pixels // 8 if pixels else int(base.unet_config["sample_size"])
-    return side, side
+    part = [i for i, teacher in enumerate(teachers) if like is None or same_prediction(like, teacher)]
+    if like is not None and not part:
+        return {key: tensor.float() for key, tensor in like.unet().items()}
+    return weighted_average([teachers[i].unet for i in part], weights and [weights[i] for i in part])
 
 
 # ---------------------------------------------------------------- what is measured afterwards
@@ -275,6 +232,8 @@ def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float,
     encoders, vae = build_text_encoders(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
     student, path = distillation.student.eval(), Path(merge.recipe.out)
     pipe = Pipeline(student.unet, encoders, vae, base.family, base.prediction_type, student.codebook, path)
-    average = build_unet(base.unet_config, average_tensors(sources.teachers), torch.float32, path, styled=False)
+    average = build_unet(
+        base.unet_config, average_tensors(sources.teachers, None, base), torch.float32, path, styled=False
+    )
     size = latent_size(base, merge.recipe.data.size)
     return Bench(pipe, distillation.teachers, average.to(device), prompts, size, steps, cfg_scale, notify)

@@ -31,6 +31,7 @@ def sample_latents(
     negative: Context | None = None,
     style: Tensor | None = None,
     prediction_type: str = "epsilon",
+    zero_snr: bool = False,
 ) -> Tensor:
     """Latents (B, 4, h, w) from noise of that shape.
 
@@ -41,7 +42,9 @@ def sample_latents(
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULER, prediction_type=prediction_type, timestep_spacing="trailing")
+    scheduler = DPMSolverMultistepScheduler(
+        **SCHEDULER, prediction_type=prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=zero_snr
+    )
     scheduler.set_timesteps(steps)
     guided = cfg_scale != 1.0
     if guided:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.conditioning import Context, encode_prompts, predict
+from dmm_core.diffusion import to_epsilon, zero_snr_times
 from dmm_core.extension import StyleTeacher
 from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_text_encoders, build_unet
@@ -29,6 +30,7 @@ class Teachers:
         checkpoints: one a teacher, all of one architecture.
         resident: how many UNets may be on the device at once; None keeps all.
         channels_last, compiled: see ``speed.quicken``.
+        prediction_type: the student's, which ``predict`` converts to; None: the first teacher's.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Teachers:
         resident: int | None = None,
         channels_last: bool = False,
         compiled: bool = False,
+        prediction_type: str | None = None,
     ) -> None:
         self.checkpoints = list(checkpoints)
         self.device, self.dtype = torch.device(device), dtype
         self.resident = resident or len(self.checkpoints)
         self.channels_last, self.compiled = channels_last, compiled
+        self.prediction_type = prediction_type or self.checkpoints[0].prediction_type
         self.loads = 0
         self._unets: OrderedDict[int, Slot] = OrderedDict()
         self._store: HostStore | None = None
@@ -133,13 +137,25 @@ class Teachers:
     def predict(
         self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher ``index``'s ε for x_t (B, 4, h, w), and its blocks' outputs if they are asked for."""
+        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted."""
         unet = self.unet(index)
         with BlockFeatures(unet, enabled=features) as blocks:
-            eps = predict(unet, x_t, t, self.context(index, prompts))
+            told = self.told(index, unet, x_t, t, self.context(index, prompts))
         self._unets[index].release()
         self._prefetch(index)
-        return eps.float(), blocks.take()
+        return told, blocks.take()
+
+    def told(self, index: int, unet: Any, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        """What ``predict`` gives, of teacher ``index``'s UNet and embeddings of its own: changes nothing here."""
+        its = self.checkpoints[index]
+        asked = zero_snr_times(t.device)[t] if its.zero_snr else t
+        told = predict(unet, x_t, asked, context).float()
+        return told if its.prediction_type == self.prediction_type else to_epsilon(told, x_t, t, its.prediction_type)
+
+    def sampling(self, index: int) -> dict[str, Any]:
+        """What ``sample_latents`` must know of a teacher."""
+        its = self.checkpoints[index]
+        return {"prediction_type": its.prediction_type, "zero_snr": its.zero_snr}
 
 
 def _fingerprint(module: Any) -> tuple:

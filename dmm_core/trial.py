@@ -81,7 +81,7 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
             sample_latents(
                 teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
                 cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
-                prediction_type=sources.base.prediction_type,
+                **teachers.sampling(index),
             ).cpu()  # fmt: skip
             denoising = time.monotonic() - began
     pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))
@@ -122,7 +122,8 @@ def fit(
     """
     room = budget if budget is not None else free_memory(device)
     for changes in candidates(recipe.train, len(recipe.teachers), device):
-        sparing = replace(recipe, train=replace(recipe.train, **changes))
+        stages = tuple(replace(stage, train=replace(stage.train, **changes)) for stage in recipe.stages)
+        sparing = replace(recipe, train=replace(recipe.train, **changes), stages=stages)
         resident = sparing.train.resident or len(recipe.teachers)
         if room is not None and weights_bytes(sparing.train, parameters, device, resident, encoder) > room:
             continue

@@ -31,6 +31,7 @@ class Checkpoint:
     tensors: Tensors
     unet_config: dict[str, Any]
     prediction_type: str = "epsilon"
+    zero_snr: bool = False  # trained to start from pure noise: the schedule's last SNR is 0
     dmm: str | None = None  # "ours" or "authors"
     vae_config: dict[str, Any] | None = None
     text_configs: list[dict[str, Any]] = field(default_factory=list)

@@ -170,6 +170,8 @@ def _settle(ck: Checkpoint) -> None:
                 ck.vae_config[key] = float(vae_json[key])
     named = meta.prediction_type(ck.metadata.get("modelspec.prediction_type"))
     named = named or meta.prediction_type(scheduler.get("prediction_type"))
+    told = (scheduler.get("rescale_betas_zero_snr") is True, ck.metadata.get("ss_zero_terminal_snr") == "True")
+    ck.zero_snr = "ztsnr" in ck.tensors or any(told)
     ck.prediction_type = named or ("v_prediction" if "v_pred" in ck.tensors else "epsilon")
 
 

@@ -67,7 +67,7 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
     done = merge.distillation
     report.out(f"{path}: {len(done.student.codebook)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")
     return {
-        "out": path, "styles": list(done.student.codebook.names), "steps": done.step_count,
+        "out": path, "styles": list(done.student.codebook.names), "steps": done.steps_done,
         "samples_seen": done.samples_seen, "seconds": round(merge.seconds, 1), "start": recipe.train.start,
     }  # fmt: skip
 
@@ -142,15 +142,13 @@ def train(recipe: Any, resume: bool, report: Any, again: str, ranks: Any = None)
     for warning in merge.sources.warnings:
         report.note(f"note: {warning}")
     stop_file, told = merge.work / "stop", Every(1.0)
-    with stop_flag() as asked, report.progress(recipe.train.steps, "distils") as bar:
+    with stop_flag() as asked, report.progress(merge.total_steps, "distils") as bar:
         try:
             for result in merge.timed_steps(lambda: bool(asked) or stop_file.exists()):
                 for warning in result.warnings:
                     report.note(f"note: {warning}")
                 # reading a loss waits for the device, so most are left unread
-                bar.to(
-                    result.step, **({"loss": result.loss} if told.due() or result.step == recipe.train.steps else {})
-                )
+                bar.to(result.step, **({"loss": result.loss} if told.due() or result.step == merge.total_steps else {}))
         except KeyboardInterrupt:
             stop_file.unlink(missing_ok=True)
             raise KeyboardInterrupt(f"Go on with: {again}") from None

@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the earlier student that dmm extend began with: shown beside; where --teacher gives the new teachers "
         "alone, its own styles stand for their teachers",
     )  # fmt: skip
+    parser.add_argument(
+        "--mix", nargs=2, action="append", metavar=("STYLE", "STYLE"),
+        help="measure the way from one style to the other in tenths, beside the weight average's; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--prompts", help="prompts that training did not use, one a line (built-in ones if left out)")
     parser.add_argument("--images", type=int, default=96, help="pictures a style (96)")
     parser.add_argument("--steps", type=int, default=12, help="sampler steps (12)")
@@ -39,7 +43,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
 
 def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
     """Measure the file beside these opened teachers, and show it."""
-    from dmm_core.measure import measure
+    from dmm_core.measure import draw_compared, measure
+    from dmm_core.mixing import mixing_table
     from dmm_core.present import SUBJECTS, present
 
     began = time.monotonic()
@@ -47,7 +52,9 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
         raise BadInput(f"--images {args.images}: expected at least 4")
     bench = bench_of(args, teachers, Notifier(report))
     before = earlier_bench(bench, args.before) if args.before else None
-    measured = measure(bench, began, before=before, title=bench.student.path.stem)
+    compared = draw_compared(bench)
+    mixing = [mixing_table(bench, compared, pair) for pair in pairs_of(args.mix or [], bench.names)]
+    measured = measure(bench, began, compared=compared, before=before, title=bench.student.path.stem, mixing=mixing)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
     gallery = replace(bench, prompts=few, what="draws pictures to show")
     small = replace(before, prompts=few) if before else None
@@ -65,9 +72,10 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.data import built_in_prompts, read_prompts
     from dmm_core.extension import style_teachers
+    from dmm_core.fitting import must_fit
     from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
-    from dmm_core.plan import choose_device, must_fit
+    from dmm_core.plan import choose_device
     from dmm_core.run import average_tensors, latent_size
     from dmm_core.teachers import Teachers
 
@@ -92,13 +100,24 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     device = choose_device(args.device)
     small = checkpoint.unet_config["block_out_channels"][0] < 128
     average = build_unet(
-        teachers[0].unet_config, average_tensors(teachers), torch.float32, teachers[0].path, styled=False
+        checkpoint.unet_config,
+        average_tensors(teachers, None, checkpoint),
+        torch.float32,
+        checkpoint.path,
+        styled=False,
     )
-    return Bench(
-        load_pipeline(checkpoint, device), Teachers(teachers, device), average.to(device), prompts,
-        latent_size(checkpoint, None),
-        args.steps, args.cfg if args.cfg is not None else (2.0 if small else 7.0), notify=notify,
-    )  # fmt: skip
+    beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
+    cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
+    student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
+    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify)
+
+
+def pairs_of(given: list[list[str]], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What ``--mix`` says, checked."""
+    for name in (name for pair in given for name in pair):
+        if name not in names:
+            raise BadInput(f"--mix: there is no style {name!r}", hint=f"The styles are: {', '.join(names)}.")
+    return [(first, second) for first, second in given]
 
 
 def earlier_bench(bench: Any, path: str) -> Any:
@@ -131,5 +150,27 @@ def headline(report: dict[str, Any]) -> list[str]:
         f"ratio to the teachers' own distance: {report['ratio']:.3f}{error} "
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
         f"score gap closed: {report['gap_closed']['mean']:.1%} (0 % is the weight average, 100 % the teachers)",
+        *separated(report),
         f"measured with {report['extractor']}, {report['images_per_style']} pictures a style",
     ]
+
+
+def separated(report: dict[str, Any]) -> list[str]:
+    apart = report.get("separation")
+    told = (
+        [
+            f"style recognised in {apart['student']:.0%} of the pictures (teachers' own {apart['teachers']:.0%}, "
+            f"chance {apart['chance']:.0%})"
+        ]
+        if apart
+        else []
+    )
+    for mixing in report.get("mixing", ()):
+        ways = {"mix": mixing["student"], "weight average": mixing["average"]}
+        steady = "; ".join(
+            f"{name} {'steady' if way['monotone'] else format(way['against'], '.1%') + ' of the way against'}"
+            for name, way in ways.items()
+            if way
+        )
+        told.append(f"from {mixing['first']} to {mixing['second']}: {steady}")
+    return told

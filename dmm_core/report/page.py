@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dmm_core.report.pictures import Grids
-from dmm_core.report.tables import e, heat_table, mix_table, number, numbers_table, style_numbers, styles_table
+from dmm_core.report.tables import (
+    e,
+    heat_table,
+    mix_table,
+    mixing_numbers,
+    number,
+    numbers_table,
+    style_numbers,
+    styles_table,
+)
 
 CSS = Path(__file__).parents[1] / "assets" / "report.css"
 
@@ -22,6 +31,8 @@ def page(report: Mapping[str, Any], grids: Grids, title: str) -> str:
         parts.append(_section("Every style beside its teacher", text, styles_table(grids.styles)))
     if grids.mixes:
         parts.append(_section("Mixes", _MIXES, mix_table(grids.mixes, grids.weights)))
+    if report.get("mixing"):
+        parts.append(_section("Mixes in figures", _MIXING, *map(mixing_numbers, report["mixing"])))
     parts += [_matrices(report), _average(report, grids), _made(report), _use(report, grids)]
     count = len(report["styles"])
     styles = f"{count} {'style' if count == 1 else 'styles'} in one checkpoint: {', '.join(report['styles'])}"
@@ -42,6 +53,10 @@ _STYLES = (
 _BEFORE = (
     " Styles were added to an earlier student: the rows in the middle are what it drew before, in its default style "
     "where it did not have the style."
+)
+_MIXING = (
+    "How far the pictures of each mix lie from both teachers. A good slider leads steadily away from the first and "
+    "towards the second; beside it, averages of the two teachers' weights in the same proportion."
 )
 _LAST_ROW = " The last row is what averaging the checkpoints' weights gives."
 _MIXES = (
@@ -86,6 +101,13 @@ def _headline(report: Mapping[str, Any]) -> str:
     if wins:
         text = "styles look more like their own teacher than like any other: styles do not run into each other."
         cards.append(_card(f"{sum(wins)} of {len(wins)}", "", "Styles kept apart", text))
+    if apart := report.get("separation"):
+        text = (
+            "of the student's pictures are recognised as their style, by a classifier that knows the teachers' alone. "
+            f"Of the teachers' own it recognises {100 * apart['teachers']:.0f} %; "
+            f"chance would be {100 * apart['chance']:.0f} %."
+        )
+        cards.append(_card(f"{100 * apart['student']:.0f} %", "", "Style recognised", text))
     return _section(
         "In figures",
         f"Distances are measured between sets of {report['images_per_style']} pictures a style, as {report['metric']}; "

@@ -137,5 +137,19 @@ def style_numbers(report: Mapping[str, Any]) -> str:
     return numbers_table(names, rows) if rows else ""
 
 
+def mixing_numbers(mixing: Mapping[str, Any]) -> str:
+    """One row a weight of the second style: distances of the student's mix and of the weight average."""
+    pair = (mixing["first"], mixing["second"])
+    kinds = {"student": mixing["student"], "weight average": mixing.get("average")}
+    kinds = {name: values for name, values in kinds.items() if values}
+    head = [f"weight of {pair[1]}", *(f"{name} to {goal}" for name in kinds for goal in pair)]
+    columns = [values[key] for values in kinds.values() for key in ("to_first", "to_second")]
+    rows = [[f"{amount:g}", *(number(column[i]) for column in columns)] for i, amount in enumerate(mixing["amounts"])]
+    steady = ["steady"]
+    for values in kinds.values():
+        steady += ["yes" if values["monotone"] else f"{100 * values['against']:.1f} % of the way against", ""]
+    return numbers_table(head, [*rows, steady])
+
+
 def _scroll(table: str) -> str:
     return f'<div class="scroll" tabindex="0">{table}</div>'

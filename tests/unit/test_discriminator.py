@@ -137,9 +137,9 @@ def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
     [
         {"micro": 1},
         {"checkpointing": True},
-        {"checkpointing": True, "discriminator": "full"},
         {"resident": 1},
         {"fused_backward": True},
+        {"discriminator": "full", "checkpointing": True},
     ],
     ids=lambda economy: " ".join(economy),
 )

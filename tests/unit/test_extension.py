@@ -203,6 +203,16 @@ def test_arguments_make_the_same_recipe(folder, tmp_path):
     assert recipe_from_dict(made.to_dict()) == made
 
 
+def test_the_plan_counts_old_styles_rows_and_one_earlier_student(folder, tmp_path):
+    from dmm_core.plan import plan
+    from dmm_core.trial import weights_bytes
+
+    made = recipe(folder, tmp_path / "o.safetensors")
+    told = plan(made)
+    assert told.styles == [*OLD, "added"] and told.samples == 4 * 2 * (1 + 1)
+    assert told.memory_bytes == weights_bytes(made.train, told.unet_parameters, "cpu", resident=2)
+
+
 def test_what_cannot_be_extended(folder, tmp_path, capsys):
     earlier, added, out = (str(folder / f"{n}.safetensors") for n in ("earlier", "added", "out"))
 

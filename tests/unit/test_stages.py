@@ -1,0 +1,158 @@
+"""Stages of a recipe: what each takes over, data made once, exact resume at any point, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dmm_core.checkpoint import open_checkpoint
+from dmm_core.cli import main
+from dmm_core.errors import BadInput, RecipeError
+from dmm_core.jobs import essence
+from dmm_core.plan import plan
+from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
+from dmm_core.run import prepare
+from dmm_core.stages import stage_recipe, stage_recipes, total_steps, unfinished
+from tests.unit.merges import SMALL, TRAIN, furthest, tiny_teachers
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> list[Path]:
+    return tiny_teachers(tmp_path_factory.mktemp("teachers"), 2)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 40, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    return folder
+
+
+def recipe(out: Path, teachers: list[Path], stages, data=None, **train):
+    spec = {"teachers": [str(path) for path in teachers], "out": str(out), "data": data or SMALL, "stages": stages}
+    return recipe_from_dict(spec | {"train": TRAIN | {"steps": 3, "save_every": 0} | train})
+
+
+def test_synthesised_is_a_tenth_of_the_steps_on_teachers_pictures(tmp_path, teachers, pictures):
+    images = {"kind": "images", "path": str(pictures), "size": 64}
+    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", "synthesised"], images, steps=100)
+    first, second = stage_recipes(made)
+    assert (first.data.kind, first.train.steps) == ("images", 100)
+    assert (second.data.kind, second.data.path, second.data.size, second.train.steps) == ("teachers", None, 64, 10)
+    assert second.train.lr == first.train.lr and first.work != second.work and total_steps(made) == 110
+    own = {"name": "synthesised", "data": {"latents_per_teacher": 9}, "train": {"steps": 7, "lr": 1e-5}}
+    second = stage_recipe(recipe(tmp_path / "o.safetensors", teachers, ["distil", own]), 1)
+    assert (second.data.latents_per_teacher, second.train.steps, second.train.lr) == (9, 7, 1e-5)
+
+
+def test_a_recipe_with_stages_reads_back(tmp_path, teachers):
+    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", {"name": "synthesised", "train": {"steps": 2}}])
+    dump_recipe(made, tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml") == made
+    other = recipe(tmp_path / "o.safetensors", teachers, ["distil"])
+    assert essence(json.loads(json.dumps(made.to_dict()))) != essence(json.loads(json.dumps(other.to_dict())))
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [(["distill"], "Did you mean distil"), ([{"name": "distil", "train": {"steps": 0}}], r"stages\[0\].train.steps"),
+     (["distil", {"name": "distil", "train": {"student": "lora"}}], "one train.student"), ("distil", "stages"),
+     ([{"train": {}}], "name")],
+)  # fmt: skip
+def test_impossible_stages(tmp_path, teachers, stages, told):
+    with pytest.raises(RecipeError, match=told):
+        recipe(tmp_path / "o.safetensors", teachers, stages)
+
+
+def test_a_stage_starts_from_the_student_before(tmp_path, teachers):
+    """Weights and samples go on; optimizer and schedule begin anew; equal data are made once."""
+    made = recipe(
+        tmp_path / "o.safetensors", teachers, ["distil", {"name": "synthesised", "train": {"steps": 2}}], ema=0.5
+    )
+    told: list[str] = []
+    merge = prepare(made, notify=lambda what, done, total: told.append(what))
+    seen = []
+    for result in merge.steps():
+        seen.append((result.step, result.samples_seen, result.lr))
+        if result.step == 3:
+            merge.distillation.use_average()  # as the stage's end does
+            end = {key: value.clone() for key, value in merge.distillation.student.learned().items()}
+        if result.step == 4:
+            assert merge.stage == 1 and merge.distillation.step_count == 1
+            moved = {key: value.clone() for key, value in merge.distillation.student.learned().items()}
+    assert [row[:2] for row in seen] == [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20)] and seen[3][2] == seen[0][2]
+    assert 0 < furthest(end, moved) < 3e-3  # one step at lr 1e-3 away
+    assert len(told) == 2 and not (merge.work / "stage-2").exists()  # two teachers drew, once
+    assert merge.save().exists() and not merge.work.exists()
+
+
+def test_data_of_its_own_is_made_when_its_turn_comes(tmp_path, teachers, pictures):
+    images = {"kind": "images", "path": str(pictures), "latents_per_teacher": 3, "steps": 1, "cfg_scale": 1, "size": 64}
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers, ["distil", "synthesised"], images))
+    assert not (merge.work / "stage-2").exists() and len(merge.distillation.data.pools) == 1
+    list(merge.steps())
+    assert (merge.work / "stage-2" / "latents.safetensors").exists() and len(merge.distillation.data.pools) == 2
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_resume_equals_uninterrupted(tmp_path, teachers, stop_at):
+    """Law 6: stopped within the first stage, at its last step, and within the second."""
+    stages = ["distil", {"name": "synthesised", "train": {"steps": 3, "lr": 5e-4}}]
+    straight = prepare(recipe(tmp_path / "straight.safetensors", teachers, stages, ema=0.9))
+    list(straight.steps())
+    made = recipe(tmp_path / "broken.safetensors", teachers, stages, ema=0.9)
+    first = prepare(made)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in first.steps(stop=lambda: first.distillation.steps_done == stop_at):
+            pass
+    assert unfinished(made)
+    with pytest.raises(BadInput, match="interrupted run"):
+        prepare(made)
+    second = prepare(made, resume=True)
+    assert second.distillation.steps_done == stop_at
+    list(second.steps())
+    (tensors, strings), (expected, told) = second.distillation.state(), straight.distillation.state()
+    assert strings == told and all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_broken_off_between_two_stages(tmp_path, teachers):
+    """The first stage's student is there, a state of the second is not: the second begins, and nothing is lost."""
+    stages = ["distil", {"name": "synthesised", "train": {"steps": 2}}]
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers, stages))
+    steps = merge.steps()
+    while merge.stage == 0:
+        next(steps)
+    whole = [merge.distillation.steps_done, *(result.step for result in steps)]
+    again = prepare(merge.recipe, resume=True)
+    assert (again.stage, again.distillation.steps_done) == (1, 3)
+    assert [result.step for result in again.steps()] == whole == [4, 5]
+    assert furthest(merge.distillation.student.learned(), again.distillation.student.learned()) == 0
+
+
+def test_two_processes(tmp_path, teachers):
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        stages = ["distil", {"name": "synthesised", "train": {"steps": 1}}]
+        merge = prepare(recipe(out, teachers, stages, processes=processes, steps=1, lr=1e-4))
+        list(merge.steps())
+        found.append({key: value.clone() for key, value in merge.distillation.student.learned().items()})
+    assert furthest(*found) < 3e-4
+
+
+def test_the_commands(tmp_path, teachers, capsys):
+    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", {"name": "synthesised", "train": {"batch": 1}}])
+    dump_recipe(made, tmp_path / "r.yaml")
+    told = plan(made)
+    assert (told.steps, told.samples) == (4, 3 * 4 + 1 * 2)
+    assert main(["distill", str(tmp_path / "r.yaml"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["steps"], answer["samples_seen"]) == (4, 14)
+    inside = json.loads(open_checkpoint(made.out).metadata["dmm.recipe"])
+    assert [stage["name"] for stage in inside["stages"]] == ["distil", "synthesised"]
