@@ -104,7 +104,7 @@ def test_what_teachers_say_is_converted(files):
     )
     prompt = torch.tensor(prompt)
     unet = teachers.unet(0)
-    raw = lambda at: unet(x, at, teachers.context(0, prompt)).sample  # noqa: E731
+    raw = lambda at: unet(x, at, teachers.context(0, prompt).tokens).sample  # noqa: E731
     a = alphas_cumprod()[t].view(-1, 1, 1, 1)
     with torch.no_grad():
         wanted = [
