@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -103,37 +104,50 @@ def from_dict(given: Mapping[str, Any]) -> Args:
 
 def split_batch(text: str | None) -> tuple[str, ...]:
     """``"ink; clay=0.5, neon=0.5"`` → one entry an image."""
-    return tuple(part.strip() for part in (text or "").replace("\n", ";").split(";") if part.strip())
+    return tuple(_split((text or "").replace("\n", ";"), ";"))
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """The parts between marks that stand outside of double quotes, without the empty ones."""
+    parts = re.findall(rf'(?:"(?:\\.|[^"\\])*"|[^{mark}])+', text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """``"ink=0.7, clay=0.3"`` → weights; a name without a weight counts 1.
+    """``"ink=0.7, clay=0.3"`` → weights; a name without a weight counts 1, one with a comma stands in double quotes.
 
     Raises:
         StyleError: a weight that is no number, a name twice, or nothing at all.
     """
     mix: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, weight = part.rpartition("=")
-        name, weight = (name.strip(), weight.strip()) if equals else (part, "1")
-        if name in mix:
-            raise StyleError(f"{name} is given twice in {text!r}")
+    for part in _split(text, ","):
+        quoted = re.fullmatch(r'("(?:\\.|[^"\\])*")\s*(?:=(.*))?', part)
+        name, equals, weight = (quoted[1], quoted[2] is not None, quoted[2]) if quoted else part.rpartition("=")
+        name, weight = (name, weight) if equals else (quoted[1] if quoted else part, "1")
         try:
-            mix[name] = float(weight)
+            name = json.loads(name) if quoted else name.strip()
+            value = float(weight)
         except ValueError:
             raise StyleError(f"{weight!r} in {text!r} is no number", hint="Write e.g. ink=0.7, clay=0.3.") from None
+        if name in mix:
+            raise StyleError(f"{name} is given twice in {text!r}")
+        mix[name] = value
     if not mix:
         raise StyleError("a style is empty", hint="Write e.g. ink=0.7, clay=0.3.")
     return mix
 
 
 def write_mix(given: Given) -> str:
-    """The text of a mix, which ``parse_mix`` reads back; weights to nine digits."""
+    """The text of a mix, which ``parse_mix`` reads back; weights to nine digits, those of 0 left out."""
     if isinstance(given, str):
         return given
-    return ", ".join(f"{name}={weight:.9g}" for name, weight in given.items() if weight) or ", ".join(
-        f"{name}=0" for name in given
-    )
+    shown = {name: weight for name, weight in given.items() if weight} or given
+
+    def quoted(name: str) -> str:
+        plain = not any(mark in name for mark in ',;="\n') and name == name.strip()
+        return name if plain else json.dumps(name, ensure_ascii=False)
+
+    return ", ".join(f"{quoted(name)}={weight:.9g}" for name, weight in shown.items())
 
 
 def read_names(text: object) -> tuple[str, ...]:
