@@ -71,14 +71,19 @@ class Host:
         self.callbacks.call("before_ui")
         data = {data.script_class.__name__: data for data in self.scripts.scripts_data}
         self.grid = data["Script"].module
-        self.tabs = {}
-        with gr.Blocks() as self.page:
-            for is_img2img in (False, True):
-                script = data["DMMScript"].script_class()
-                script.is_img2img = is_img2img
-                assert script.show(is_img2img) is self.scripts.AlwaysVisible
+        self.tabs, interfaces = {}, []
+        for is_img2img in (False, True):
+            script = data["DMMScript"].script_class()
+            script.is_img2img = is_img2img
+            assert script.show(is_img2img) is self.scripts.AlwaysVisible
+            with gr.Blocks() as interface:
                 script.controls = script.ui(is_img2img)
-                self.tabs[is_img2img] = script
+            self.tabs[is_img2img] = script
+            interfaces.append(interface)
+        with gr.Blocks() as self.page, gr.Tabs():  # each tab is made by itself and rendered here (modules/ui.py)
+            for name, interface in zip(("txt2img", "img2img"), interfaces, strict=True):
+                with gr.TabItem(name):
+                    interface.render()
         self.script = self.tabs[False]
 
     def load(self, path: Path) -> None:

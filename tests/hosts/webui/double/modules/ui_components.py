@@ -2,10 +2,11 @@
 
 import gradio as gr
 
+if hasattr(gr, "component_meta"):  # gradio 4 would write a file beside this one; Forge keeps it from that too
+    gr.component_meta.create_or_modify_pyi = lambda *args: None
+
 
 class InputAccordion(gr.Checkbox):
-    webui_do_not_create_gradio_pyi_thank_you = True
-
     def __init__(self, value=None, **kwargs):
         elem_id = kwargs.pop("elem_id")
         super().__init__(value=value, elem_id=f"{elem_id}-checkbox", visible=False, **kwargs)
