@@ -101,6 +101,7 @@ def _connect(panel: Panel, enabled: Any, refresh: Any, reset: Any, mix: Any) -> 
     root = gr.context.Context.root_block
     if root is not None:
         root.load(fn=fill, **keep)
+    panel.names.change(fn=relabel, inputs=[panel.names], outputs=[*panel.rows, *panel.sliders], show_progress=False)
     reset.click(fn=defaults, inputs=[panel.names], outputs=panel.sliders, show_progress=False)
     mix.click(fn=random_mix, inputs=[panel.names], outputs=panel.sliders, show_progress=False)
 
@@ -129,6 +130,12 @@ def fill(shown: str) -> list[Any]:
         gr.update(value=_line(told)), *_shown(len(names)), *pictures, *_labelled(names, values), choices, choices,
         gr.update(value=json.dumps(names, ensure_ascii=False)),
     ]  # fmt: skip
+
+
+def relabel(shown: str) -> list[Any]:
+    """Updates of rows and sliders: a pasted infotext has brought names with it."""
+    names = read_names(shown)
+    return [*_shown(len(names)), *_labelled(names, None)]
 
 
 def _shown(count: int) -> list[Any]:
@@ -161,7 +168,11 @@ def random_mix(shown: str) -> list[Any]:
 
 
 def _paste_fields(fixed: list[Any], panel: Panel) -> list[tuple[Any, Any]]:
-    """Pairs for ``Script.infotext_fields``: component and a function of the infotext's parameters."""
+    """Pairs for ``Script.infotext_fields``: component and a function of the infotext's parameters.
+
+    Plain values, no updates: Forge's API takes an update for a value (``apply_infotext`` in modules/api/api.py). The
+    labels follow the names by an event.
+    """
 
     def of(name: str) -> Callable[[dict[str, Any]], Any]:
         def value(params: dict[str, Any]) -> Any:
@@ -177,8 +188,8 @@ def _paste_fields(fixed: list[Any], panel: Panel) -> list[tuple[Any, Any]]:
             told = infotext.read(params)
             if told is None:
                 return None
-            names, values = infotext.sliders(told["weights"], checkpoint.current())
-            return _labelled(names, values)[i]
+            values = infotext.sliders(told["weights"], checkpoint.current())[1]
+            return float(values[i]) if i < len(values) else 0.0
 
         return value
 
@@ -188,18 +199,8 @@ def _paste_fields(fixed: list[Any], panel: Panel) -> list[tuple[Any, Any]]:
             return None
         return json.dumps(infotext.sliders(told["weights"], checkpoint.current())[0], ensure_ascii=False)
 
-    def of_row(i: int) -> Callable[[dict[str, Any]], Any]:
-        def value(params: dict[str, Any]) -> Any:
-            told = infotext.read(params)
-            if told is None:
-                return None
-            return _shown(len(infotext.sliders(told["weights"], checkpoint.current())[0]))[i]
-
-        return value
-
     pairs = [(component, of(name)) for component, name in zip(fixed, CONTROLS, strict=True)]
     pairs += [(slider, of_slider(i)) for i, slider in enumerate(panel.sliders)]
-    pairs += [(row, of_row(i)) for i, row in enumerate(panel.rows)]
     return [*pairs, (panel.names, names)]
 
 

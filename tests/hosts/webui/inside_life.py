@@ -195,14 +195,14 @@ def test_200_pictures_with_changing_sliders(host):
         gc.collect()
         return int(statm.read_text(encoding="ascii").split()[1])
 
-    first = draw(host, INK, steps=1)
+    first = draw(host, INK, steps=1, cfg_scale=1.0)
     for i in range(20):
-        draw(host, sliders=[i / 20, 1 - i / 20, 0.1], steps=1)
+        draw(host, sliders=[i / 20, 1 - i / 20, 0.1], steps=1, cfg_scale=1.0)
     before = resident()
     for i in range(200):
-        draw(host, sliders=[i / 200, 1 - i / 200, 0.1], steps=1)
+        draw(host, sliders=[i / 200, 1 - i / 200, 0.1], steps=1, cfg_scale=1.0)
     growth = resident() / before - 1
     print(f"growth {growth:.2%} of {before * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB")
     assert growth <= 0.02
-    assert torch.equal(first, draw(host, INK, steps=1))
+    assert torch.equal(first, draw(host, INK, steps=1, cfg_scale=1.0))
     assert hooks(host.unet) == 0

@@ -25,8 +25,7 @@ def pasted(host, text: str) -> list:
     values = host.values()
     for i, control in enumerate(host.script.controls):
         value = held.get(control._id)
-        if isinstance(value, dict):  # an update
-            value = value.get("value", values[i])
+        assert not isinstance(value, dict), "Forge's API takes updates for values"
         values[i] = values[i] if value is None else value
     return values
 
@@ -66,6 +65,14 @@ def test_panel_follows_the_checkpoint(host, files):
     off = host.ui.fill("")
     assert "Off: plain.safetensors is an ordinary checkpoint without styles." in off[0]["value"]
     assert not any(row["visible"] for row in off[first : first + sliders])
+
+
+def test_pasted_names_label_the_sliders(host):
+    sliders = host.args.SLIDERS
+    made = host.ui.relabel(json.dumps(["neon", "pixel"]))
+    assert [update["visible"] for update in made[:3]] == [True, True, False]
+    assert [update.get("label") for update in made[sliders : sliders + 3]] == ["neon", "pixel", None]
+    assert "value" not in made[sliders]
 
 
 def test_buttons(host):
