@@ -44,7 +44,7 @@ def _count(cond: Any) -> int:
 class Live:
     """What the UNet is to show right now, and the hooks that make it so.
 
-    ``begin`` at the start of a picture, ``show`` before each sampling, ``step`` at each step, ``end`` when it is done.
+    ``show`` before each sampling, ``step`` at each step, ``hide`` where there is no style, ``end`` after the picture.
     """
 
     def __init__(self) -> None:
@@ -62,11 +62,8 @@ class Live:
     def hooked(self) -> bool:
         return bool(self._handles)
 
-    def show(self, sd_model: Any, plan: Plan | None) -> None:
-        """From now on this plan, in place of any other; None removes the hooks. Calling it again changes nothing."""
-        if plan is None:
-            self._forget()
-            return
+    def show(self, sd_model: Any, plan: Plan) -> None:
+        """From now on this plan, in place of any other. Calling it again changes nothing."""
         if plan is not self.plan:
             self.plan, self._share = plan, 0.0
         self._layout = self._rows = None
@@ -85,10 +82,12 @@ class Live:
         ]
 
     def end(self) -> None:
-        self._forget()
+        """The picture is done."""
+        self.hide()
         self.first_image = 0
 
-    def _forget(self) -> None:
+    def hide(self) -> None:
+        """No style and no hooks, until ``show``."""
         self._remove()
         self.plan = self._layout = self._rows = self._sent = None
 

@@ -47,5 +47,5 @@ def register() -> None:
     """At every (re)load of scripts: the webui has forgotten all callbacks by then (``load_scripts``)."""
     script_callbacks.on_before_ui(_before_ui)
     script_callbacks.on_cfg_denoiser(step)
-    script_callbacks.on_model_loaded(lambda sd_model: LIVE.end())  # the next sampling hooks what it finds
+    script_callbacks.on_model_loaded(lambda sd_model: LIVE.hide())  # the next sampling hooks what it finds
     script_callbacks.on_script_unloaded(LIVE.end)

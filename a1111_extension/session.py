@@ -63,14 +63,14 @@ class Session:
         """Bring the UNet to what is asked for now: before each sampling, base or hires pass."""
         args = self._args
         if args is None or not (args.enabled or self._tags) or not _in_pass(args, p):
-            LIVE.show(shared.sd_model, None)
+            LIVE.hide()
             return
         if not args.enabled:
             args = Args()  # the tags alone
         book = checkpoint.current()
         if not isinstance(book, Book):
             complain(p, book)
-            LIVE.show(shared.sd_model, None)
+            LIVE.hide()
             return
         try:
             key = (args, tuple(self._tags.items()), book)
@@ -79,7 +79,7 @@ class Session:
             LIVE.show(shared.sd_model, self._planned[1])
         except BadInput as error:
             complain(p, f"{book.path.name}: {error}")
-            LIVE.show(shared.sd_model, None)
+            LIVE.hide()
 
     def batch(self, number: int, size: int) -> None:
         """``before_process_batch``: images are counted through the whole job."""
@@ -115,7 +115,7 @@ def _in_pass(args: Args, p: Any) -> bool:
     return args.apply_to == "both" or args.apply_to == ("hires" if hires else "base")
 
 
-def _with_axes(args: Args, axes: Mapping[str, Any]) -> Args:
+def _with_axes(args: Args, axes: Mapping[str | int, Any]) -> Args:
     """The XYZ grid's values over the panel's: a whole style, and single sliders by number on top."""
     if not axes:
         return args
