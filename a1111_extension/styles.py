@@ -17,6 +17,7 @@ from dmm_core.style import Codebook, one_hot
 from .args import DEFAULT, Args, Given, parse_mix
 
 COND, UNCOND = 0, 1  # as in the forks' ``cond_or_uncond``
+SAME = 1e-4  # weights nearer to the default's are the default's: sliders show four digits, and move by 0.01
 _REMEMBERED = 256  # vectors of a schedule's steps
 
 
@@ -103,7 +104,7 @@ class Plan:
             weights = schedule.weights_at(self.weights, share, self.mode, self.start, self.end)
             vectors = book(weights).float()
             if self.book.folded:
-                plain = (weights - book.weights(book.default)).abs().amax(-1) < 1e-6
+                plain = (weights - book.weights(book.default)).abs().amax(-1) < SAME
                 vectors[plain] = 0.0
             self._vectors[share] = vectors if vectors.any() else None
         return self._vectors[share]

@@ -122,20 +122,30 @@ def fill(shown: str) -> list[Any]:
     told = f"{book.path.name}: {len(book.names)} styles."
     if len(book.names) > SLIDERS:
         told += f" The last {len(book.names) - SLIDERS} have no slider; give them by name."
-    values = [book.codebook.default.get(name, 0.0) for name in names] if fresh else None
+    values = [_default(book, name) for name in names] if fresh else None
     choices = gr.update(choices=["", DEFAULT, *book.names])
-    pictures = [gr.update(value=_picture(uri)) for uri in book.thumbnails[:SLIDERS]]
-    pictures += [gr.update(value="")] * (SLIDERS - len(pictures))
     return [
-        gr.update(value=_line(told)), *_shown(len(names)), *pictures, *_labelled(names, values), choices, choices,
-        gr.update(value=json.dumps(names, ensure_ascii=False)),
+        gr.update(value=_line(told)), *_shown(len(names)), *_pictures(names), *_labelled(names, values),
+        choices, choices, gr.update(value=json.dumps(names, ensure_ascii=False)),
     ]  # fmt: skip
 
 
 def relabel(shown: str) -> list[Any]:
-    """Updates of rows and sliders: a pasted infotext has brought names with it."""
+    """Updates of rows, thumbnails and sliders: a pasted infotext has brought names with it."""
     names = read_names(shown)
-    return [*_shown(len(names)), *_labelled(names, None)]
+    return [*_shown(len(names)), *_pictures(names), *_labelled(names, None)]
+
+
+def _pictures(names: tuple[str, ...]) -> list[Any]:
+    """Updates of the thumbnails, for what the loaded checkpoint has of these styles."""
+    book = checkpoint.current()
+    known = dict(zip(book.names, book.thumbnails, strict=True)) if isinstance(book, Book) else {}
+    return [gr.update(value=_picture(known.get(name, ""))) for name in (*names, *[""] * SLIDERS)[:SLIDERS]]
+
+
+def _default(book: Book, name: str) -> float:
+    """A weight of the default style, short enough to show; normalised it is exact."""
+    return round(book.codebook.default.get(name, 0.0), 4)
 
 
 def _shown(count: int) -> list[Any]:
@@ -156,7 +166,7 @@ def defaults(shown: str) -> list[Any]:
     """The default style's weights."""
     book = checkpoint.current()
     names = read_names(shown)
-    values = [book.codebook.default.get(name, 0.0) if isinstance(book, Book) else 0.0 for name in names]
+    values = [_default(book, name) if isinstance(book, Book) else 0.0 for name in names]
     return [gr.update(value=value) for value in values] + [gr.update(value=0.0)] * (SLIDERS - len(values))
 
 

@@ -54,7 +54,7 @@ def test_panel_follows_the_checkpoint(host, files):
     assert [row["visible"] for row in rows] == [True] * 3 + [False] * (sliders - 3)
     assert "data:image/gif" in pictures[0]["value"] and pictures[3]["value"] == ""
     assert [update["label"] for update in labelled[:3]] == list(names)
-    assert [round(update["value"], 6) for update in labelled[:3]] == [0.333333] * 3
+    assert [update["value"] for update in labelled[:3]] == [0.3333] * 3
     assert made[-2]["choices"] == ["", "default", *names]
     again = host.ui.fill(made[-1]["value"])
     assert "value" not in again[first + 2 * sliders], "refreshing keeps the sliders"
@@ -71,8 +71,9 @@ def test_pasted_names_label_the_sliders(host):
     sliders = host.args.SLIDERS
     made = host.ui.relabel(json.dumps(["neon", "pixel"]))
     assert [update["visible"] for update in made[:3]] == [True, True, False]
-    assert [update.get("label") for update in made[sliders : sliders + 3]] == ["neon", "pixel", None]
-    assert "value" not in made[sliders]
+    assert [update.get("label") for update in made[2 * sliders :][:3]] == ["neon", "pixel", None]
+    assert made[sliders]["value"] == "", "no picture of another checkpoint's style"
+    assert "value" not in made[2 * sliders]
 
 
 def test_buttons(host):
@@ -80,7 +81,8 @@ def test_buttons(host):
     values = [update["value"] for update in host.ui.random_mix(shown)]
     assert abs(sum(values) - 1) < 0.02 and all(value >= 0 for value in values) and not any(values[3:])
     assert values != [update["value"] for update in host.ui.random_mix(shown)]
-    assert [round(update["value"], 6) for update in host.ui.defaults(shown)][:4] == [0.333333] * 3 + [0.0]
+    assert [update["value"] for update in host.ui.defaults(shown)][:4] == [0.3333] * 3 + [0.0]
+    assert apart(draw(host), draw(host, sliders=[0.3333] * 3)) == 0
 
 
 def test_page_over_http(host):
