@@ -101,7 +101,7 @@ def _connect(panel: Panel, enabled: Any, refresh: Any, reset: Any, mix: Any) -> 
     root = gr.context.Context.root_block
     if root is not None:
         root.load(fn=fill, **keep)
-    panel.names.change(fn=relabel, inputs=[panel.names], outputs=[*panel.rows, *panel.sliders], show_progress=False)
+    panel.names.change(fn=relabel, inputs=[panel.names], outputs=panel.filled[1 : 1 + 3 * SLIDERS], show_progress=False)
     reset.click(fn=defaults, inputs=[panel.names], outputs=panel.sliders, show_progress=False)
     mix.click(fn=random_mix, inputs=[panel.names], outputs=panel.sliders, show_progress=False)
 

@@ -100,6 +100,12 @@ def test_page_over_http(host):
         assert len(filling) == 6  # a tab: opened, refreshed, page loaded
         told = client.predict("", fn_index=filling[0])
         assert "dmm.safetensors: 3 styles." in str(told)
+        counts = {
+            name: len(getattr(host.ui, name)('["neon"]')) for name in ("fill", "relabel", "defaults", "random_mix")
+        }
+        outputs = sorted(len(d["outputs"]) for d in client.config["dependencies"] if len(d["outputs"]) > 1)
+        wanted = [counts["fill"]] * 3 + [counts[name] for name in ("relabel", "defaults", "random_mix")]
+        assert outputs == sorted(wanted * 2)
     finally:
         host.page.close()
 
