@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from dmm_core.errors import BadInput
+from dmm_core.schedule import MODES
 
 from . import files, host, loading, values
 
@@ -165,7 +166,7 @@ class StyleSchedule(io.ComfyNode):
             [style_input("style_1", tooltip="The style to begin with."),
              style_input("style_2", tooltip="The next style."),
              style_input("style_3", True, "One more."), style_input("style_4", True, "One more."),
-             io.Combo.Input("mode", options=list(values.MODES), default="blend", tooltip="blend: gradually. switch: "
+             io.Combo.Input("mode", options=list(MODES), default="blend", tooltip="blend: gradually. switch: "
                             "at once, every style for an equal part of the steps."),
              io.Float.Input("start", default=0.0, tooltip="Share of the steps before it begins to change.", **SHARE),
              io.Float.Input("end", default=1.0, tooltip="Share of the steps by which the last is reached.", **SHARE)],

@@ -17,10 +17,10 @@ from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.errors import MissingFile
 from dmm_core.checkpoint.reader import sha256
 from dmm_core.errors import StyleError
+from dmm_core.schedule import check, weights_at
 from dmm_core.style import Codebook, Mix, one_hot
 
 SLIDERS = 8  # of one StyleMix node
-MODES = ("blend", "switch")
 _REMEMBERED = 512  # vectors of a schedule's steps
 
 
@@ -86,17 +86,7 @@ class Style:
 
     def at(self, share: float) -> Tensor:
         """Weights (K, N) when ``share`` of the steps is done: 0 at the first, 1 at the last."""
-        last = len(self.weights) - 1
-        if not last:
-            return self.weights[0]
-        if self.end > self.start:
-            along = min(max((share - self.start) / (self.end - self.start), 0.0), 1.0)
-        else:
-            along = float(share >= self.start)
-        if self.mode == "switch":  # every style has an equal part of the time
-            return self.weights[min(int(along * (last + 1)), last)]
-        first = min(int(along * last), last - 1)
-        return torch.lerp(self.weights[first], self.weights[first + 1], along * last - first)
+        return weights_at(self.weights, share, self.mode, self.start, self.end)
 
     @torch.no_grad()
     def vectors(self, share: float = 0.0) -> Tensor:
@@ -165,10 +155,7 @@ def every(book: Book) -> Style:
 def scheduled(styles: Sequence[Style], mode: str, start: float, end: float) -> Style:
     """From the first style to the last between two shares of the sampling steps, mixed in codebook space."""
     book, rows = styles[0].book, max(style.rows for style in styles)
-    if mode not in MODES:
-        raise StyleError(f"there is no mode {mode!r}", hint=f"The modes are: {', '.join(MODES)}.")
-    if end < start:
-        raise StyleError(f"the schedule ends at {end:g}, before it starts at {start:g}", hint="Let end be the larger.")
+    check(mode, start, end)
     for style in styles:
         book.require_same(style.book, "another style of the schedule")
         if style.scheduled:

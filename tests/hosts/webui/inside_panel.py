@@ -1,0 +1,159 @@
+"""The panel in the real gradio of each webui, infotexts and the API's args; run by test_webui.py."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import gradio as gr
+import pytest
+
+from tests.hosts.webui import infotexts
+from tests.hosts.webui.driver import Processing
+from tests.hosts.webui.inside_tools import apart, draw, job
+
+pytestmark = pytest.mark.hosts
+ARGS = {
+    "weights": {"ink": 1.2, "水彩, wet": -0.2}, "normalise": False, "apply_to": "base", "negative": "clay",
+    "to": "ink=0.5, clay=0.5", "start": 0.25, "end": 0.75, "mode": "switch",
+}  # fmt: skip
+
+
+def pasted(host, text: str) -> list:
+    """The panel's values after an infotext was pasted into it as it is built."""
+    held = infotexts.paste(host.script.infotext_fields, infotexts.read(text))
+    values = host.values()
+    for i, control in enumerate(host.script.controls):
+        value = held.get(control._id)
+        assert not isinstance(value, dict), "Forge's API takes updates for values"
+        values[i] = values[i] if value is None else value
+    return values
+
+
+def test_gradio_is_the_webuis_own(profile):
+    assert gr.__version__ == ("4.40.0" if profile == "forge" else "3.41.2")
+
+
+def test_labels_are_stable(host):
+    """They are the keys of saved defaults, and of the API's script-info: the same in both tabs and for every file."""
+    labels = [[control.label for control in script.controls] for script in host.tabs.values()]
+    assert labels[0] == labels[1]
+    assert len(set(labels[0])) == len(labels[0]) == len(host.args.CONTROLS) + host.args.SLIDERS + 1
+    assert labels[0][:3] == ["DMM styles", "DMM normalise", "DMM pass"]
+    ids = [control.elem_id for script in host.tabs.values() for control in script.controls]
+    assert len(set(ids)) == len(ids)
+
+
+def test_panel_follows_the_checkpoint(host, files):
+    names = host.session.checkpoint.current().names
+    sliders, first = host.args.SLIDERS, 1
+    made = host.ui.fill("")
+    rows, pictures = made[first : first + sliders], made[first + sliders : first + 2 * sliders]
+    labelled = made[first + 2 * sliders : first + 3 * sliders]
+    assert "dmm.safetensors: 3 styles." in made[0]["value"]
+    assert [row["visible"] for row in rows] == [True] * 3 + [False] * (sliders - 3)
+    assert "data:image/gif" in pictures[0]["value"] and pictures[3]["value"] == ""
+    assert [update["label"] for update in labelled[:3]] == list(names)
+    assert [update["value"] for update in labelled[:3]] == [0.3333] * 3
+    assert made[-2]["choices"] == ["", "default", *names]
+    again = host.ui.fill(made[-1]["value"])
+    assert "value" not in again[first + 2 * sliders], "refreshing keeps the sliders"
+    host.load(files / "other.safetensors")
+    other = host.ui.fill(made[-1]["value"])
+    assert [update.get("label") for update in other[first + 2 * sliders :][:3]] == ["neon", "pixel", None]
+    host.load(files / "plain.safetensors")
+    off = host.ui.fill("")
+    assert "Off: plain.safetensors is an ordinary checkpoint without styles." in off[0]["value"]
+    assert not any(row["visible"] for row in off[first : first + sliders])
+
+
+def test_pasted_names_label_the_sliders(host):
+    sliders = host.args.SLIDERS
+    made = host.ui.relabel(json.dumps(["neon", "pixel"]))
+    assert [update["visible"] for update in made[:3]] == [True, True, False]
+    assert [update.get("label") for update in made[2 * sliders :][:3]] == ["neon", "pixel", None]
+    assert made[sliders]["value"] == "", "no picture of another checkpoint's style"
+    assert "value" not in made[2 * sliders]
+
+
+def test_buttons(host):
+    shown = host.ui.fill("")[-1]["value"]
+    values = [update["value"] for update in host.ui.random_mix(shown)]
+    assert abs(sum(values) - 1) < 0.02 and all(value >= 0 for value in values) and not any(values[3:])
+    assert values != [update["value"] for update in host.ui.random_mix(shown)]
+    assert [update["value"] for update in host.ui.defaults(shown)][:4] == [0.3333] * 3 + [0.0]
+    assert apart(draw(host), draw(host, sliders=[0.3333] * 3)) == 0
+
+
+def test_page_over_http(host):
+    """The real server: the page's config has both panels, and its load event fills them."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from gradio_client import Client
+
+    _, url, _ = host.page.launch(prevent_thread_lock=True, quiet=True, show_api=False, server_name="127.0.0.1")
+    try:
+        client = Client(url)
+        ids = {component["props"].get("elem_id") for component in client.config["components"]}
+        assert {"script_txt2img_dmm_styles_w0", "script_img2img_dmm_styles_w15"} <= ids
+        outputs = len(host.ui.fill(""))
+        filling = [i for i, d in enumerate(client.config["dependencies"]) if len(d["outputs"]) == outputs]
+        assert len(filling) == 6  # a tab: opened, refreshed, page loaded
+        told = client.predict("", fn_index=filling[0])
+        assert "dmm.safetensors: 3 styles." in str(told)
+        counts = {
+            name: len(getattr(host.ui, name)('["neon"]')) for name in ("fill", "relabel", "defaults", "random_mix")
+        }
+        outputs = sorted(len(d["outputs"]) for d in client.config["dependencies"] if len(d["outputs"]) > 1)
+        wanted = [counts["fill"]] * 3 + [counts[name] for name in ("relabel", "defaults", "random_mix")]
+        assert outputs == sorted(wanted * 2)
+    finally:
+        host.page.close()
+
+
+def test_panel_as_nobody_has_touched_it(host):
+    """No page has filled the sliders, as for API calls: switched on, it is the default style and not a sum of 0."""
+    told = job(host, True)
+    assert told.comments == []
+    assert apart(told.latents, draw(host)) == 0
+    assert told.params[0][1]["DMM weights"] == "default"
+
+
+def test_sliders_of_another_checkpoint(host):
+    values = host.api(True)
+    values[len(host.args.CONTROLS)], values[-1] = 1.0, json.dumps(["neon", "pixel"])
+    told = host.process(Processing(script_args=values))
+    assert "the sliders are those of another checkpoint (neon, pixel). Press the panel's refresh." in told.comments[0]
+
+
+@pytest.mark.parametrize("args", [ARGS, {"weights": "ink"}, {"batch": ["ink", {"clay": 1.0, "水彩, wet": 0.5}]}])
+def test_infotext_round_trip(host, args):
+    """Written, pasted into a fresh panel, drawn again: the same picture and the same infotext."""
+    options = {"batch_size": 2, "enable_hr": True}
+    told = job(host, args, **options)
+    assert told.comments == []
+    text = infotexts.write(*told.params[0])
+    values = pasted(host, text)
+    assert values[0] is True
+    again = host.process(Processing(script_args=values, **options))
+    assert apart(told.latents, again.latents) < 1e-5
+    params = again.params[0][1]
+    assert infotexts.read(infotexts.write("", params)).keys() == infotexts.read(text).keys()
+
+
+def test_infotext_without_styles_switches_off(host):
+    assert pasted(host, "a cat\nSteps: 20, Sampler: Euler, CFG scale: 7")[0] is False
+    assert not any(key.startswith("DMM") for key in job(host).params[0][1])
+
+
+def test_infotext_before_its_checkpoint_is_loaded(host, files):
+    """Names come from the text then; drawn once the checkpoint is there, it is the picture."""
+    told = job(host, {"weights": {"ink": 0.25, "clay": 0.75}})
+    host.load(files / "other.safetensors")
+    values = pasted(host, infotexts.write(*told.params[0]))
+    assert json.loads(values[-1]) == ["ink", "clay"]
+    host.load(files / "dmm.safetensors")
+    assert apart(told.latents, host.process(Processing(script_args=values)).latents) < 1e-5
+
+
+def test_fields_that_are_sent_to_other_tabs(host):
+    assert set(host.script.paste_field_names) >= {"DMM weights", "DMM batch"}
