@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from dmm_core.errors import BadInput
 
-from . import files, host, loading, values
+from . import files, folders, host, loading, values
 
 CATEGORY = "DMM"
 CodebookType = io.Custom("DMM_CODEBOOK")
@@ -47,7 +47,7 @@ class LoadDMM(io.ComfyNode):
             "LoadDMM", "Load DMM", "Loads a checkpoint that holds several styles. Without a style node it shows its "
             "default style.",
             [io.Combo.Input("checkpoint", options=loading.choices(), tooltip="A DMM file in models/checkpoints or "
-                            "models/diffusion_models.")],
+                            "models/diffusion_models, or a diffusers folder in models/diffusers.")],
             [io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP"),
              io.Vae.Output(display_name="VAE"),
              CodebookType.Output("CODEBOOK", display_name="CODEBOOK", tooltip="The file's styles, for style nodes.")],
@@ -57,10 +57,9 @@ class LoadDMM(io.ComfyNode):
     def fingerprint_inputs(cls, checkpoint: str) -> Any:
         """A rewritten file is loaded again."""
         try:
-            about = loading.find(str(checkpoint)).stat()
+            return f"{checkpoint} {folders.stamp(loading.find(str(checkpoint)))}"
         except (BadInput, OSError):  # loading will say it; and None, where the name comes over a wire
             return checkpoint
-        return f"{checkpoint} {about.st_mtime_ns} {about.st_size}"
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
