@@ -147,7 +147,7 @@ class ConditioningStyle(io.ComfyNode):
         return schema(
             "ConditioningStyle", "Conditioning Style", "A style for one prompt: with masks, areas or step ranges, for "
             "a region or some steps; on the negative, for that half of the guidance. It goes before the model's style.",
-            [io.Conditioning.Input("conditioning"), style_input()],
+            [io.Conditioning.Input("conditioning", tooltip="The prompt that gets the style."), style_input()],
             [io.Conditioning.Output(display_name="CONDITIONING")],
         )  # fmt: skip
 
