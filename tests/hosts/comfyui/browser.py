@@ -105,6 +105,20 @@ class Page:
         )
         time.sleep(1.0)  # names and pictures of the styles come after the load, and Nodes 2.0 measures its nodes
 
+    def fit(self) -> None:
+        """Let the workflow fill the page, for a picture of it."""
+        self.page.evaluate(
+            """() => {
+                const boxes = app.graph.nodes.map(n => n.getBounding()), ds = app.canvas.ds;
+                const low = (i) => Math.min(...boxes.map(b => b[i]));
+                const size = (i) => Math.max(...boxes.map(b => b[i] + b[i + 2])) - low(i);
+                ds.scale = Math.min(1, 1490 / size(0), 700 / size(1));
+                ds.offset = [80 / ds.scale - low(0), 130 / ds.scale - low(1)];
+                app.canvas.setDirty(true, true);
+            }"""
+        )
+        time.sleep(0.4)
+
     def rectangles(self) -> dict[int, tuple[float, float, float, float]]:
         """Node → x, y, width, height of what is drawn of it, title included, in the page's pixels."""
         found = self.page.evaluate(

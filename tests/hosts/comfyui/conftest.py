@@ -99,7 +99,13 @@ def page(request, server, chromium) -> Iterator[Page]:
 
 @pytest.fixture
 def shoot(page, shots) -> Callable[[str], None]:
-    return lambda name: page.page.screenshot(path=str(shots / f"comfyui-{name}{'-nodes2' if page.nodes2 else ''}.png"))
+    """Keep a picture of the page; comfyui-mix.png and others in docs/ were made so."""
+
+    def take(name: str) -> None:
+        page.fit()
+        page.page.screenshot(path=str(shots / f"comfyui-{name}{'-nodes2' if page.nodes2 else ''}.png"))
+
+    return take
 
 
 # ---------------------------------------------------------------- inside ComfyUI's own process

@@ -2,8 +2,9 @@
 
 Names on the sliders, a slider dragged with the mouse, the Run button, another picture.
 
-DMM_SHOTS is a folder for the screenshots (docs/comfyui-*.png are some of them), DMM_SHOTS_FILE a DMM file of the styles
-ink, clay, blueprint and neon to make them with; otherwise the styles are untrained.
+DMM_SHOTS is a folder for the screenshots, DMM_SHOTS_FILE a DMM file of the styles ink, clay, blueprint and neon to make
+them with (the demo's); otherwise the styles are untrained. docs/comfyui-*.png are some of them, made by
+DMM_SHOTS=… DMM_SHOTS_FILE=… python -m pytest tests/hosts/comfyui -k "drag or regions or merge_shows"
 """
 
 from __future__ import annotations
