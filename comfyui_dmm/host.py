@@ -67,12 +67,12 @@ class StyleCond(CONDRegular):
         )
 
 
-def prepare(model: Any, book: Book) -> None:
-    """Make a freshly loaded ModelPatcher able to take styles."""
+def prepare(model: Any, book: Book, default: Style | None = None) -> None:
+    """Make a freshly loaded ModelPatcher able to take styles; ``default``: its style, unless that is in its weights."""
     model.set_attachments(KEY, book)
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, settle)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, add_style)
-    _set(model, Live(book))
+    _set(model, Live(book, default))
 
 
 def apply(model: Any, style: Style) -> Any:

@@ -21,8 +21,8 @@ from dmm_core.checkpoint import Checkpoint, keymap, open_checkpoint
 from dmm_core.checkpoint.errors import MissingFile
 from dmm_core.errors import BadInput
 
-from . import host
-from .values import Book
+from . import folders, host
+from .values import Book, Style, fixed
 
 FOLDERS = ("checkpoints", "diffusion_models")
 
@@ -42,20 +42,23 @@ class Absent:
 
 
 def choices() -> list[str]:
-    """Files that Load DMM offers: those of both folders, each name once."""
-    return list(dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)))
+    """What Load DMM offers: the files of both folders, each name once, and models in diffusers' folder layout."""
+    files = (name for folder in FOLDERS for name in folder_paths.get_filename_list(folder))
+    return list(dict.fromkeys([*files, *folders.listed()]))
 
 
 def find(name: str) -> Path:
-    """The path of a file that ComfyUI lists. Raises MissingFile for every other name."""
+    """The path of a file or folder that ComfyUI lists. Raises MissingFile for every other name."""
     for folder in FOLDERS:
         if name in folder_paths.get_filename_list(folder) and (path := folder_paths.get_full_path(folder, name)):
             return Path(path)
+    if path := folders.listed().get(name):
+        return path
     raise MissingFile(Path(name))
 
 
 def open_dmm(path: Path) -> Checkpoint:
-    """The file's header. Raises BadInput for what is no checkpoint, or none with styles."""
+    """The headers of a file or folder. Raises BadInput for what is no checkpoint, or none with styles."""
     checkpoint = open_checkpoint(path)
     if not checkpoint.dmm:
         raise BadInput(
@@ -73,8 +76,11 @@ def load(path: Path) -> tuple[Any, Any, Any, Book]:
     checkpoint = open_dmm(path)
     codebook = checkpoint.codebook()
     assert codebook is not None
-    sd, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    sd = _plain(checkpoint, sd)
+    if path.is_dir():
+        sd, metadata = folders.as_single_file(checkpoint), checkpoint.metadata
+    else:
+        sd, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        sd = _plain(checkpoint, sd)
     with _known_to_comfy(checkpoint, sd, metadata):
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
             sd, output_vae=bool(checkpoint.vae_config), output_clip=bool(checkpoint.text_configs),
@@ -84,7 +90,7 @@ def load(path: Path) -> tuple[Any, Any, Any, Book]:
     if model is None:
         raise BadInput("its UNet is of a kind that this ComfyUI does not know", path, "Update ComfyUI.")
     book = Book.of(checkpoint, codebook)
-    host.prepare(model, book)
+    host.prepare(model, book, _unfolded_default(book))
     absent_clip = clip is None or len(checkpoint.text_configs) < len(keymap.TEXT[checkpoint.family])
     return (
         model,
@@ -92,6 +98,12 @@ def load(path: Path) -> tuple[Any, Any, Any, Book]:
         vae if checkpoint.vae_config else Absent("VAE", path),
         book,
     )
+
+
+def _unfolded_default(book: Book) -> Style | None:
+    """The default style, where the weights alone do not show it: in the authors' layouts nothing is folded in."""
+    default, every = fixed(book, [book.codebook.default], True), fixed(book, [{n: 1.0} for n in book.names], True)
+    return default if default.vectors().abs().max() > 1e-4 * every.vectors().abs().max() else None
 
 
 def _plain(checkpoint: Checkpoint, sd: dict[str, Any]) -> dict[str, Any]:

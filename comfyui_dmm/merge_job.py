@@ -82,9 +82,14 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
             say(f"Stopped {at}. {kept}")
             log.info("DMM: the merge was stopped %s. %s", at, kept)
         raise
-    job.require_success()
-    if job.last.kind == "stopped":
-        raise jobs.JobFailed("the merge was stopped from outside", job.work, "Run it again to go on from there.")
+    try:
+        job.require_success()
+        if job.last.kind == "stopped":
+            raise jobs.JobFailed("the merge was stopped from outside", job.work, "Run it again to go on from there.")
+    except BadInput:
+        say("")  # the red node says what is wrong
+        raise
+    say("Done. Load DMM has it in its list.")
     return shown.picture
 
 

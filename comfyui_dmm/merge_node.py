@@ -89,7 +89,11 @@ class MergeCheckpoints(io.ComfyNode):
         from server import PromptServer  # there while nodes run, not wherever this package is imported
 
         node = cls.hidden.unique_id
-        picture = merge_job.merge(wanted, replace, lambda text: PromptServer.instance.send_progress_text(text, node))
+
+        def say(text: str) -> None:  # for web/progress.js, which says why not ComfyUI's own progress text
+            PromptServer.instance.send_sync("dmm.progress", {"node": node, "text": text})
+
+        picture = merge_job.merge(wanted, replace, say)
         merging.MADE.note(wanted.out)
         shown = None
         if picture is not None:

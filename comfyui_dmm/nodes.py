@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from dmm_core.errors import BadInput
 from dmm_core.schedule import MODES
 
-from . import files, host, loading, values
+from . import files, folders, host, loading, values
 
 CATEGORY = "DMM"
 CodebookType = io.Custom("DMM_CODEBOOK")
@@ -48,7 +48,7 @@ class LoadDMM(io.ComfyNode):
             "LoadDMM", "Load DMM", "Loads a checkpoint that holds several styles. Without a style node it shows its "
             "default style.",
             [io.Combo.Input("checkpoint", options=loading.choices(), tooltip="A DMM file in models/checkpoints or "
-                            "models/diffusion_models.")],
+                            "models/diffusion_models, or a diffusers folder in models/diffusers.")],
             [io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP"),
              io.Vae.Output(display_name="VAE"),
              CodebookType.Output("CODEBOOK", display_name="CODEBOOK", tooltip="The file's styles, for style nodes.")],
@@ -58,10 +58,9 @@ class LoadDMM(io.ComfyNode):
     def fingerprint_inputs(cls, checkpoint: str) -> Any:
         """A rewritten file is loaded again."""
         try:
-            about = loading.find(str(checkpoint)).stat()
+            return f"{checkpoint} {folders.stamp(loading.find(str(checkpoint)))}"
         except (BadInput, OSError):  # loading will say it; and None, where the name comes over a wire
             return checkpoint
-        return f"{checkpoint} {about.st_mtime_ns} {about.st_size}"
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
@@ -149,7 +148,7 @@ class ConditioningStyle(io.ComfyNode):
         return schema(
             "ConditioningStyle", "Conditioning Style", "A style for one prompt: with masks, areas or step ranges, for "
             "a region or some steps; on the negative, for that half of the guidance. It goes before the model's style.",
-            [io.Conditioning.Input("conditioning"), style_input()],
+            [io.Conditioning.Input("conditioning", tooltip="The prompt that gets the style."), style_input()],
             [io.Conditioning.Output(display_name="CONDITIONING")],
         )  # fmt: skip
 

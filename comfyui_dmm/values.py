@@ -31,23 +31,24 @@ class Book:
     codebook: Codebook
     path: Path
     key: str
+    weights_files: tuple[Path, ...]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, codebook: Codebook) -> Book:
         digest = hashlib.sha256(repr(codebook.names).encode())
         for tensor in codebook.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
-        return cls(codebook, checkpoint.path, digest.hexdigest())
+        return cls(codebook, checkpoint.path, digest.hexdigest(), checkpoint.weights_files)
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.codebook.names
 
     def file_hash(self) -> str:
-        """sha256 of the DMM file. Raises MissingFile where it is gone."""
-        if not self.path.is_file():
+        """sha256 of the DMM file; of a folder, its UNet's. Raises MissingFile where it is gone."""
+        if not all(file.is_file() for file in self.weights_files):
             raise MissingFile(self.path)
-        return sha256(self.path)
+        return sha256(*self.weights_files)
 
     def require_same(self, other: Book, what: str) -> None:
         """Raises StyleError unless the other codebook is this one."""

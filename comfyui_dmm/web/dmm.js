@@ -5,12 +5,12 @@
 // workflows saved with or without it are the same; only `label`, `hidden` and the list of a combo change.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { LOADER, MERGE, checkpointOf, graphs, inputOf, merging, nodesOf, widgetOf } from "./graph.js";
+import { addProgress, showProgress } from "./progress.js";
 import { lightThumbnails, showThumbnails } from "./thumbnails.js";
 
-const LOADER = "LoadDMM";
 const MIX = "StyleMix";
 const VECTOR = "StyleVector";
-const MERGE = "MergeCheckpoints";
 const SLIDERS = 8;
 const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0", DMM_TEACHERS: "#7fb069" }; // of sockets and wires
 const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
@@ -33,48 +33,6 @@ function stylesOf(checkpoint) {
   return promise;
 }
 
-/** Every graph of the page: the root and all subgraphs. */
-function graphs() {
-  const root = app.graph?.rootGraph ?? app.rootGraph ?? app.graph;
-  return root ? [root, ...(root.subgraphs?.values?.() ?? [])] : [];
-}
-
-const nodesOf = (graph) => graph.nodes ?? graph._nodes ?? [];
-const linkOf = (graph, id) => (id == null ? null : (graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id]));
-const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
-const inputOf = (node, name) => node.inputs?.find((input) => input.name === name);
-
-/** The node that feeds `input`, through reroutes and in and out of subgraphs; null where nothing does. */
-function source(graph, input, depth = 0) {
-  const link = linkOf(graph, input?.link);
-  if (!link || depth > 64) return null;
-  const node = graph.getNodeById(link.origin_id);
-  if (link.origin_id === graph.inputNode?.id) {
-    for (const outer of graphs()) {
-      const shell = nodesOf(outer).find((candidate) => candidate.subgraph === graph);
-      if (shell) return source(outer, shell.inputs?.[link.origin_slot], depth + 1);
-    }
-    return null;
-  }
-  if (node?.subgraph) {
-    const inner = node.subgraph.outputs?.[link.origin_slot];
-    return source(node.subgraph, { link: inner?.linkIds?.[0] }, depth + 1);
-  }
-  if (!node || node.comfyClass === LOADER) return node ?? null;
-  // A reroute, whoever made it, has one input; what has none is where the wire begins.
-  return node.inputs?.length === 1 ? source(graph, node.inputs[0], depth + 1) : node;
-}
-
-/** The checkpoint whose codebook reaches `node`, or null. */
-function checkpointOf(node) {
-  const loader = source(node.graph, inputOf(node, "codebook"));
-  if (loader?.comfyClass !== LOADER) return null;
-  const wired = source(loader.graph, inputOf(loader, "checkpoint"));
-  if (wired?.comfyClass === MERGE) return `${widgetOf(wired, "name")?.value}.safetensors`;
-  const widget = wired ? wired.widgets?.[0] : widgetOf(loader, "checkpoint");
-  return typeof widget?.value === "string" ? widget.value : null;
-}
-
 /** Show `widget` as `label` or hide it; says whether that changed anything. */
 function present(node, widget, label, hidden) {
   if (!ownLabels.has(widget)) ownLabels.set(widget, widget.label);
@@ -89,7 +47,7 @@ function present(node, widget, label, hidden) {
   return true;
 }
 
-/** Make both canvases draw the widgets of `node` anew. */
+/** Make both canvases draw the widgets of `node` anew; `resize`: true, false, or "grow" for never smaller. */
 function redraw(node, resize) {
   if (node.widgets.length) node.widgets.push(node.widgets.pop()); // Nodes 2.0 watches the array, not what is in it
   if (node.dmmRewired && window.LiteGraph?.vueNodesMode && !app.configuringGraph) {
@@ -97,7 +55,7 @@ function redraw(node, resize) {
     node.graph?.onNodeAdded?.(node);
   }
   node.dmmRewired = false;
-  if (resize) node.setSize([node.size[0], node.computeSize()[1]]);
+  if (resize) node.setSize([node.size[0], Math.max(node.computeSize()[1], resize === "grow" ? node.size[1] : 0)]);
   app.graph.setDirtyCanvas(true, true);
 }
 
@@ -159,14 +117,6 @@ function refreshSoon() {
   timer = setTimeout(() => refresh().catch((error) => console.error("DMM:", error)), WAIT_MS);
 }
 
-/** The Merge Checkpoints node that the server calls `id` ("3", inside subgraphs "7:3"), or undefined. */
-function merging(id) {
-  const own = String(id ?? "").split(":").pop();
-  return graphs()
-    .flatMap(nodesOf)
-    .find((node) => node.comfyClass === MERGE && String(node.id) === own);
-}
-
 /** Call `after` whenever `object[name]` has been called. */
 function chain(object, name, after) {
   const before = object[name];
@@ -212,6 +162,10 @@ app.registerExtension({
 
   setup() {
     paint();
+    api.addEventListener("dmm.progress", ({ detail }) => {
+      const node = merging(detail?.node);
+      if (node && showProgress(node, String(detail.text))) redraw(node, "grow");
+    });
     // A merge that is done has written a file: every list of checkpoints gets it.
     api.addEventListener("executed", ({ detail }) => {
       if (merging(detail?.node)) app.refreshComboInNodes?.();
@@ -219,6 +173,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
+    if (node.comfyClass === MERGE) addProgress(node);
     if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) return;
     if (node.comfyClass === VECTOR) textToCombo(node);
     chain(node, "onConnectionsChange", function () {

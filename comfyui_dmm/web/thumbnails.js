@@ -7,6 +7,7 @@ const COLUMNS = 4;
 const PICTURE = 54; // pixels of a side
 const CAPTION = 15;
 const GAP = 4;
+export const MARGIN = 4; // around an element, which the classic canvas takes from the widget's height
 const ROWS = 3; // beyond that the strip scrolls
 const PLAIN_OPACITY = 0.45; // of a style that has no weight
 
@@ -44,7 +45,7 @@ function light(strip, weights) {
 }
 
 /** Once made, a strip stays with its node: Nodes 2.0 would go on drawing one that was taken away, and not draw a new one. */
-function hide(widget, hidden) {
+export function hide(widget, hidden) {
   widget.hidden = hidden; // as in dmm.js: one for each canvas
   widget.options.hidden = hidden;
   if (hidden) widget.computeSize = () => [0, -4];
@@ -54,9 +55,10 @@ function hide(widget, hidden) {
 function add(node) {
   const element = make("div", { display: "grid", gap: `${GAP}px`, padding: "2px 0", overflow: "hidden auto", boxSizing: "border-box" });
   const strip = { element, key: null, count: 0 };
-  const size = () => (strip.count ? height(strip.count) : 0);
+  const size = () => (strip.count ? height(strip.count) + 2 * MARGIN : 0);
   strip.widget = node.addDOMWidget(NAME, "dmm_thumbnails", element, {
-    serialize: false, hideOnZoom: true, getValue: () => undefined, setValue: () => {}, getMinHeight: size, getMaxHeight: size,
+    serialize: false, hideOnZoom: true, margin: MARGIN, getValue: () => undefined, setValue: () => {}, getMinHeight: size,
+    getMaxHeight: size,
   });
   strip.widget.serialize = false; // `options.serialize` is about the prompt, this one about the saved workflow
   strip.widget.label = " ";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -23,18 +24,20 @@ SETTINGS = {
 }
 
 
-SHORT = "short.yaml"  # in the server's input folder: makes a merge short
+SHORT = "short.yaml"  # in the server's input folder: a merge that is short, and long enough to be cancelled
 SHORT_RECIPE = "data: {latents_per_teacher: 4, steps: 2}\ntrain: {steps: 40, batch: 1, warmup: 2, save_every: 2}\n"
+BRIEF = "brief.yaml"  # where nothing is cancelled half-way
+BRIEF_RECIPE = SHORT_RECIPE.replace("steps: 40", "steps: 4")
 
 
 def workflow(path: Path) -> dict[str, Any]:
-    """A shipped workflow, with the checkpoint that the test made; a merge in it is a short one."""
+    """A shipped workflow, with the checkpoint that the test made; a merge in it is a brief one."""
     made = json.loads(path.read_text(encoding="utf-8").replace("mini-dmm.safetensors", FILE))
     for node in made.get("nodes", made.values()):
         if isinstance(node, dict) and node.get("type") == "MergeCheckpoints":
-            node["widgets_values"][RECIPE_WIDGET] = SHORT
+            node["widgets_values"][RECIPE_WIDGET] = BRIEF
         elif isinstance(node, dict) and node.get("class_type") == "MergeCheckpoints":
-            node["inputs"]["recipe"] = SHORT
+            node["inputs"]["recipe"] = BRIEF
     return made
 
 
@@ -65,6 +68,11 @@ def teacher_thumbnails() -> dict[str, str]:
     return made
 
 
+# Of every picture in the strip: style, decoded or not, opacity, height.
+PICTURES = """(kind) => [...(app.graph.nodes.find(n => n.comfyClass === kind).dmmStrip?.element.children ?? [])].map(
+    cell => [cell.title, cell.firstChild.naturalWidth > 0, Number(cell.style.opacity), cell.firstChild.clientHeight])"""
+
+
 class Page:
     """ComfyUI's page, and what a user does on it."""
 
@@ -91,18 +99,50 @@ class Page:
     def load(self, path: Path) -> None:
         self.page.keyboard.press("Escape")  # the dialog of an error before this
         self.page.evaluate("(w) => app.loadGraphData(w)", workflow(path))
-        time.sleep(1.0)  # Nodes 2.0 lays itself out after the load, and the view is fitted once more
+        self.page.wait_for_function(
+            """() => app.graph.nodes.length && (!LiteGraph.vueNodesMode
+                || app.graph.nodes.every(n => document.querySelector(`[data-node-id='${n.id}']`)))"""
+        )
+        time.sleep(1.0)  # names and pictures of the styles come after the load, and Nodes 2.0 measures its nodes
+
+    def fit(self) -> None:
+        """Let the workflow fill the page, for a picture of it."""
         self.page.evaluate(
             """() => {
-                const nodes = app.graph.nodes, ds = app.canvas.ds, low = (i) => Math.min(...nodes.map(n => n.pos[i]));
-                const high = (i) => Math.max(...nodes.map(n => n.pos[i] + n.size[i]));
-                const [x, y] = [low(0), low(1)], room = [1480, 710];
-                ds.scale = Math.min(1, room[0] / (high(0) - x), room[1] / (high(1) - y));
-                ds.offset = [80 / ds.scale - x, 160 / ds.scale - y];
+                const boxes = app.graph.nodes.map(n => n.getBounding()), ds = app.canvas.ds;
+                const low = (i) => Math.min(...boxes.map(b => b[i]));
+                const size = (i) => Math.max(...boxes.map(b => b[i] + b[i + 2])) - low(i);
+                ds.scale = Math.min(1, 1490 / size(0), 700 / size(1));
+                ds.offset = [80 / ds.scale - low(0), 130 / ds.scale - low(1)];
                 app.canvas.setDirty(true, true);
             }"""
         )
-        time.sleep(0.5)
+        time.sleep(0.4)
+
+    def rectangles(self) -> dict[int, tuple[float, float, float, float]]:
+        """Node → x, y, width, height of what is drawn of it, title included, in the page's pixels."""
+        found = self.page.evaluate(
+            """(vue) => app.graph.nodes.map(node => {
+                if (vue) {
+                    const r = document.querySelector(`[data-node-id='${node.id}']`).getBoundingClientRect();
+                    return [node.id, r.x, r.y, r.width, r.height];
+                }
+                const [x, y, w, h] = node.getBounding(), canvas = app.canvas.canvas.getBoundingClientRect();
+                const [left, top] = app.canvas.ds.convertOffsetToCanvas([x, y]), scale = app.canvas.ds.scale;
+                return [node.id, canvas.x + left, canvas.y + top, w * scale, h * scale];
+            })""",
+            self.nodes2,
+        )
+        return {node: tuple(box) for node, *box in found}
+
+    def overlapping(self) -> list[tuple[str, str]]:
+        """Titles of the nodes that lie over one another, by more than a pixel."""
+        titles = dict(self.page.evaluate("() => app.graph.nodes.map(n => [n.id, n.title])"))
+        return [
+            (titles[a], titles[b])
+            for (a, (ax, ay, aw, ah)), (b, (bx, by, bw, bh)) in itertools.combinations(self.rectangles().items(), 2)
+            if min(ax + aw, bx + bw) - max(ax, bx) > 1 and min(ay + ah, by + bh) - max(ay, by) > 1
+        ]
 
     def labels(self, kind: str = "StyleMix") -> list[str]:
         """What the visible widgets of the first node of a kind are called."""
@@ -121,6 +161,15 @@ class Page:
             while [t.split("\n")[0] for t in shown.all_inner_texts()][: len(expected)] != expected:
                 assert time.monotonic() < end, shown.all_inner_texts()
                 time.sleep(0.1)
+
+    def wait_pictures(self, kind: str, names: list[str]) -> list:
+        """Until the strip shows these styles, every picture decoded and laid out."""
+        self.until(
+            f"([kind, names]) => {{ const cells = ({PICTURES})(kind);"
+            " return cells.length === names.length && cells.every((c, i) => c[0] === names[i] && c[1] && c[3] > 20) }",
+            [kind, names],
+        )
+        return self.page.evaluate(PICTURES, kind)
 
     def node_id(self, kind: str) -> int:
         return self.page.evaluate("(kind) => app.graph.nodes.find(n => n.comfyClass === kind).id", kind)

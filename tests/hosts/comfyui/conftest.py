@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mini_family import family
-from tests.hosts.comfyui.browser import SHORT, SHORT_RECIPE
+from tests.hosts.comfyui.browser import BRIEF, BRIEF_RECIPE, FLAGS, SHORT, SHORT_RECIPE, Page
 from tests.hosts.comfyui.harness import ROOT, Server, host_paths, make_dmm
 from tests.hosts.comfyui.inside_tools import write_dmm
 from tests.hosts.comfyui.other_files import (
@@ -48,6 +49,7 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
     family.unpack(checkpoints, ("ink", "clay", "neon"))
     (base / "input" / SHORT).write_text(SHORT_RECIPE, encoding="utf-8")
+    (base / "input" / BRIEF).write_text(BRIEF_RECIPE, encoding="utf-8")
     write_lora(base / "models" / "loras" / LORA)
     write_controlnet(base / "models" / "controlnet" / CONTROLNET)
     write_control_lora(base / "models" / "controlnet" / CONTROL_LORA)
@@ -56,6 +58,54 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     running.start()
     yield running
     running.stop()
+
+
+# ---------------------------------------------------------------- ComfyUI's page
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory) -> Path:
+    folder = Path(os.environ.get("DMM_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no chromium on the PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["classic", "nodes2"])
+def page(request, server, chromium) -> Iterator[Page]:
+    tab = chromium.new_page(viewport={"width": 1600, "height": 900})
+    tab.set_default_timeout(60_000)
+    for banner in ("vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"):  # they would cover the canvas
+        tab.add_init_script(f"localStorage.setItem('{banner}', 'true')")
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    opened = Page(tab, server, request.param)
+    opened.open()
+    yield opened
+    tab.close()
+    assert not [error for error in errors if "dmm" in error.lower()]
+
+
+@pytest.fixture
+def shoot(page, shots) -> Callable[[str], None]:
+    """Keep a picture of the page; comfyui-mix.png and others in docs/ were made so."""
+
+    def take(name: str) -> None:
+        page.fit()
+        page.page.screenshot(path=str(shots / f"comfyui-{name}{'-nodes2' if page.nodes2 else ''}.png"))
+
+    return take
 
 
 # ---------------------------------------------------------------- inside ComfyUI's own process

@@ -22,8 +22,9 @@ def write_dmm(path: Path, unet: dict | None = None, family: str = "sd15", **more
     torch.manual_seed(5)
     codebook = Codebook(NAMES, len(tensors["time_embedding.linear_2.bias"]))
     torch.nn.init.normal_(codebook.add_embedding.linear_2.weight, std=1.6 / codebook.dim**0.5)
-    parts = {"vae": base.vae(), "vae_config": base.vae_config, "text_encoders": [base.text_encoder()], **more}
-    return write(path, family=family, unet=tensors, codebook=codebook.requires_grad_(False), resolution=64, **parts)
+    parts = {"vae": base.vae(), "vae_config": base.vae_config, "text_encoders": [base.text_encoder()],
+             "codebook": codebook.requires_grad_(False), **more}  # fmt: skip
+    return write(path, family=family, unet=tensors, resolution=64, **parts)
 
 
 def encode(clip, text):

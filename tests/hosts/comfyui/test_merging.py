@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.hosts.comfyui.browser import SHORT
+from tests.hosts.comfyui.browser import BRIEF, SHORT
 from tests.hosts.comfyui.graphs import Graph, node, plain, styled
 from tests.hosts.comfyui.harness import ROOT, Failed, Server
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hosts
 
 def merge(name: str, *teachers: str, **more: Any) -> dict[str, Any]:
     chosen = {f"checkpoint_{i}": f"{teacher}.safetensors" for i, teacher in enumerate(teachers, 1)}
-    return node("MergeCheckpoints", **{"name": name, **chosen, "preset": "mini", "recipe": SHORT, **more})
+    return node("MergeCheckpoints", **{"name": name, **chosen, "preset": "mini", "recipe": BRIEF, **more})
 
 
 def checkpoint(server: Server, name: str) -> Path:
@@ -55,7 +55,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def test_cancelled_resumed_finished_loaded(server):
     """Cancel saves; again goes on from there and ends as an uninterrupted merge does; Load DMM has it at once."""
-    graph = {"merge": merge("broken off", "ink", "clay")}
+    graph = {"merge": merge("broken off", "ink", "clay", recipe=SHORT)}
     prompt = submit(server, graph)
     work = server.base / "user" / "dmm" / "broken off.work"
     wait_for(work / "state.safetensors")
@@ -75,7 +75,7 @@ def test_cancelled_resumed_finished_loaded(server):
     assert outputs["picture"]["images"] and outputs["merge"]["images"], "a picture, and the last preview"
     assert not work.exists()
 
-    server.run({"merge": merge("straight", "ink", "clay")})
+    server.run({"merge": merge("straight", "ink", "clay", recipe=SHORT)})
     a, b = tensors(checkpoint(server, "broken off")), tensors(checkpoint(server, "straight"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 
-from tests.hosts.comfyui.browser import FLAGS, Page, put_styles, workflow
+from tests.hosts.comfyui.browser import put_styles, workflow
 from tests.hosts.comfyui.graphs import CFG, PROMPT, SEED, Graph, node, plain, style, styled
 from tests.hosts.comfyui.harness import ROOT, Failed
 from tests.hosts.comfyui.inside_tools import write_dmm
@@ -156,37 +154,6 @@ def test_merge_into_another_model(server, clay_model):
     assert apart(baked, show(server, "apply", style=INK, apply=apply("load"))) <= 1
     with pytest.raises(Failed, match=r"the style is of mini-dmm\.safetensors, but the model is of clay-model"):
         show(server, "apply", **parts, merge=merge("clay", "load", 0.5), apply=apply("merge"))
-
-
-# ---------------------------------------------------------------- the page's bypass
-
-
-def test_bypassed_apply_style_is_the_default(server):
-    """The page leaves a bypassed node out of the prompt and joins its wires of one type."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if not found:
-        pytest.skip("no chromium on the PATH")
-    put_styles(server)
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=FLAGS)
-        page = Page(chromium.new_page(viewport={"width": 1600, "height": 900}), server, False)
-        page.open()
-        page.load(ROOT / "workflows" / "dmm_1_single_style.json")
-        prompts = [
-            page.page.evaluate(
-                "async (mode) => { app.graph.nodes.find(n => n.comfyClass === 'ApplyStyle').mode = mode;"
-                " return (await app.graphToPrompt()).output }", mode,
-            )
-            for mode in (0, 4)
-        ]  # fmt: skip
-        chromium.close()
-    with_style, bypassed = prompts
-    assert "ApplyStyle" not in {n["class_type"] for n in bypassed.values()}
-    default = workflow(ROOT / "workflows" / "api" / "dmm_1_single_style.json")
-    default["7"]["inputs"]["strength"] = 0.0
-    assert apart(server.pictures(bypassed, "6"), server.pictures(default, "6")) == 0
-    assert apart(server.pictures(bypassed, "6"), server.pictures(with_style, "6")) > 20
 
 
 # ---------------------------------------------------------------- saved checkpoints
