@@ -77,6 +77,7 @@ def test_test_adds_to_the_demos_environment_and_demo_then_needs_nothing(install)
     assert sum(command[1:3] == ["-m", "venv"] for command in install.commands) == 1
     install.main(["--demo"])
     install.main(["--test"])
+    assert install.commands[-1][2] == "pytest" and "-n" in install.commands[-1], "all tests: several files at a time"
     assert len(pips(install)) == 2
 
 
