@@ -49,8 +49,10 @@ def test_unchanged_values_in_a_saved_workflow(page):
 
 
 def test_another_checkpoint_other_names(page):
+    """Also after a slider was moved, when Nodes 2.0 holds copies of the widgets."""
     page.load(MIX)
     page.wait_labels(STYLES)
+    page.drag(0, 0.8)
     choose = """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM').widgets[0];
                             w.value = name; w.callback?.(name) }"""
     page.page.evaluate(choose, "other-dmm.safetensors")
