@@ -50,11 +50,11 @@ function present(node, widget, label, hidden) {
 /** Make both canvases draw the widgets of `node` anew; `resize`: true, false, or "grow" for never smaller. */
 function redraw(node, resize) {
   if (node.widgets.length) node.widgets.push(node.widgets.pop()); // Nodes 2.0 watches the array, not what is in it
-  if (node.dmmRewired && window.LiteGraph?.vueNodesMode && !app.configuringGraph) {
-    // After a change of links Nodes 2.0 holds copies of the widgets; adding the node again takes new ones.
+  if (node.dmmCopied && window.LiteGraph?.vueNodesMode && !app.configuringGraph) {
+    // After a change of links or of a value Nodes 2.0 holds copies of the widgets; adding the node again takes new ones.
     node.graph?.onNodeAdded?.(node);
   }
-  node.dmmRewired = false;
+  node.dmmCopied = false;
   if (resize) node.setSize([node.size[0], Math.max(node.computeSize()[1], resize === "grow" ? node.size[1] : 0)]);
   app.graph.setDirtyCanvas(true, true);
 }
@@ -94,7 +94,7 @@ function listStyles(node, styles) {
     node.dmmChosen();
     redraw(node, false);
   });
-  if (JSON.stringify(values) === JSON.stringify(widget.options.values) && !node.dmmRewired && !resized) return;
+  if (JSON.stringify(values) === JSON.stringify(widget.options.values) && !node.dmmCopied && !resized) return;
   widget.options.values = values;
   redraw(node, resized);
 }
@@ -173,11 +173,13 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (node.comfyClass === MERGE) addProgress(node);
-    if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) return;
+    if (![LOADER, MIX, VECTOR, MERGE].includes(node.comfyClass)) return;
     if (node.comfyClass === VECTOR) textToCombo(node);
+    if (node.comfyClass === MERGE) addProgress(node);
+    for (const widget of node.widgets ?? []) chain(widget, "callback", () => (node.dmmCopied = true));
+    if (node.comfyClass === MERGE) return;
     chain(node, "onConnectionsChange", function () {
-      this.dmmRewired = true;
+      this.dmmCopied = true;
       refreshSoon();
     });
     const defaults = Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
@@ -197,7 +199,7 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    for (const graph of graphs()) for (const node of nodesOf(graph)) node.dmmRewired = false; // a load is no rewiring
+    for (const graph of graphs()) for (const node of nodesOf(graph)) node.dmmCopied = false; // a load is no rewiring
     paint(); // a colour palette, which is loaded after setup(), knows no colours for our types and takes them away
     refreshSoon();
   },

@@ -62,7 +62,7 @@ def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
         }""",
         {"name": name, "recipe": SHORT},
     )
-    page.page.get_by_test_id("queue-button").locator("button").first.click()
+    page.press_run()
     page.until(f"() => /step \\d+ of 40, .* left\\s+loss: ink 0\\.\\d+, clay 0/.test(({DRAWN})())", None, 240)
     node = page.node_id("MergeCheckpoints")
     assert_inside(page, page.page.locator(".dmm-progress:visible"), node)
