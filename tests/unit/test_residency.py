@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmm_core.checkpoint import open_checkpoint
+from dmm_core.conditioning import Context
 from dmm_core.residency import HostStore, host_store
 from dmm_core.teachers import Teachers
 from tests.unit.merges import built, tiny_teachers
@@ -39,7 +40,7 @@ def checkpoints(paths):
 def predictions(teachers: Teachers) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([10, 700])
-    teachers._embeddings = dict.fromkeys(range(4), torch.randn(3, 77, 64, generator=generator))
+    teachers._embeddings = dict.fromkeys(range(4), Context(torch.randn(3, 77, 64, generator=generator)))
     teachers.expect(ORDER)
     return [teachers.predict(i, x, t, torch.tensor([0, 2]))[0] for i in ORDER]
 
@@ -71,7 +72,7 @@ def test_modules_are_built_once_and_overwritten(checkpoints, monkeypatch):
 
 def test_the_next_teacher_comes_while_the_present_one_works(checkpoints):
     teachers = Teachers(checkpoints, resident=2)
-    teachers._embeddings = dict.fromkeys(range(4), torch.zeros(1, 77, 64))
+    teachers._embeddings = dict.fromkeys(range(4), Context(torch.zeros(1, 77, 64)))
     teachers.expect(ORDER)
     for now, after in zip(ORDER, (*ORDER[1:], None), strict=True):
         teachers.predict(now, torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.tensor([0]))
@@ -165,4 +166,4 @@ def test_no_encoder_and_no_vae_stays(tmp_path, paths):
     distillation = built(tmp_path / "o.safetensors", paths[:2])
     gc.collect()
     left = [o for o in gc.get_objects() if isinstance(o, (AutoencoderTiny, CLIPTextModel))]
-    assert not left and distillation.context.device.type == "cpu"
+    assert not left and distillation.context.tokens.device.type == "cpu"
