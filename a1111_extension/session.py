@@ -37,7 +37,7 @@ class Session:
         What is to be shown waits for ``tag``, which the webuis call on every run, and for the sampling.
         """
         LIVE.end()
-        self._tags, self._args, self._planned = {}, None, None
+        self._tags, self._args = {}, None
         try:
             self._args = _with_axes(parse(values), getattr(p, "dmm_axes", {}))
         except BadInput as error:
@@ -45,7 +45,7 @@ class Session:
             return
         if self._args.enabled and isinstance(book := checkpoint.current(), Book):
             with suppress(BadInput):  # ``refresh`` says it, if no tag takes the sliders' place
-                plan(book, self._args)
+                self._plan(book, self._args)
                 p.extra_generation_params.update(infotext.write(self._args, book))
 
     def tag(self, p: Any, tags: Mapping[str, float]) -> None:
@@ -73,13 +73,21 @@ class Session:
             LIVE.hide()
             return
         try:
-            key = (args, tuple(self._tags.items()), book)
-            if self._planned is None or self._planned[0] != key:
-                self._planned = (key, plan(book, args, self._tags))
-            LIVE.show(shared.sd_model, self._planned[1])
+            made = self._plan(book, args)
+            if made.idle:
+                LIVE.hide()
+            else:
+                LIVE.show(shared.sd_model, made)
         except BadInput as error:
             complain(p, f"{book.path.name}: {error}")
             LIVE.hide()
+
+    def _plan(self, book: Book, args: Args) -> Plan:
+        """The plan for these args and the tags; the last one is kept, from picture to picture too."""
+        key = (args, tuple(self._tags.items()), book)
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, plan(book, args, self._tags))
+        return self._planned[1]
 
     def batch(self, number: int, size: int) -> None:
         """``before_process_batch``: images are counted through the whole job."""
@@ -88,7 +96,7 @@ class Session:
     def end(self) -> None:
         """``postprocess``: no hook stays behind."""
         LIVE.end()
-        self._args, self._tags, self._planned = None, {}, None
+        self._args, self._tags = None, {}
 
 
 def step(params: Any) -> None:

@@ -90,6 +90,11 @@ class Plan:
         """Whether every row of a step gets the same vector."""
         return self.weights.shape[1:3] == (1, 1)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be added at any step."""
+        return not self.moving and self.vectors() is None
+
     @torch.no_grad()
     def vectors(self, share: float = 0.0) -> Tensor | None:
         """Style vectors (H, K, d), float32 on the CPU; None where the file as it is shows just that.

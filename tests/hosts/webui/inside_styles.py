@@ -43,6 +43,7 @@ def test_default_style_is_off_to_the_bit(host):
     off = draw(host)
     third = dict.fromkeys(host.session.checkpoint.current().names, 1 / 3)
     assert apart(off, draw(host, {})) == 0
+    assert vectors_of(host, {}) == [] != vectors_of(host, {"to": "ink"})
     assert apart(off, draw(host, {"weights": third})) == 0
     assert apart(off, draw(host, {"weights": {n: 1 for n in third}})) == 0
 
