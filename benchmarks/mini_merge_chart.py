@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from dmm_core.report.draw import INK, LINE, MUTED, PAPER, write
 
 COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#e8a100")
-PANEL, MARGIN, LEGEND = (560, 380), 76, 150
+PANEL, MARGIN = (560, 380), 76
 Curve = list[tuple[int, list[float]]]  # samples seen, one value a seed
 
 
@@ -49,7 +49,8 @@ def panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: dict[str, Cur
     """One set of curves; the vertical axis is linear for shares and logarithmic for ratios."""
     values = [v for curve in lines.values() for _, many in curve for v in many]
     scale = (lambda v: v) if percent else math.log
-    low, high = (min(values) - 0.02, 1.0) if percent else (1.0, max(values) * 1.05)
+    low = math.floor(20 * min(values)) / 20 if percent else min(values) * 0.98
+    high = 1.0 if percent else max(values) * 1.05
     most = max(samples for curve in lines.values() for samples, _ in curve)
     width, height = PANEL
 
@@ -58,7 +59,7 @@ def panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: dict[str, Cur
         return left + width * samples / most, MARGIN + height * (1 - share)
 
     write(draw, (left, 34), title, 22)
-    ticks = [low + (high - low) * k / 4 for k in range(5)] if percent else [1.0, 1.035, 1.1, 1.25, 1.5, 2, 3, 5, 10]
+    ticks = [k / 20 for k in range(21)] if percent else [1.0, 1.035, 1.1, 1.25, 1.5, 2, 3, 5, 10]
     for tick in (t for t in ticks if low <= t <= high):
         y = at(0, tick)[1]
         draw.line((left, y, left + width, y), fill=LINE)
@@ -79,7 +80,7 @@ def show(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Print the table and draw the curves."""
     print(table(rows))
     ratio = curves(rows, lambda p: p["ratio"])
-    size = (2 * (PANEL[0] + MARGIN) + 60, PANEL[1] + 2 * MARGIN + LEGEND)
+    size = (2 * (PANEL[0] + MARGIN) + 60, PANEL[1] + 2 * MARGIN + 20 + 30 * math.ceil(len(ratio) / 2))
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     panel(draw, MARGIN, "Ratio to the teachers' own distance (1 is perfect)", ratio, percent=False)
