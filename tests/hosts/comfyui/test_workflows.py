@@ -24,6 +24,7 @@ def test_every_workflow_is_its_api_format(page, path, shoot):
         if kind in path.read_text(encoding="utf-8"):
             page.wait_pictures(kind, STYLES)
     assert page.overlapping() == []
+    assert page.page.evaluate("() => app.canvas.ds.scale") > 8 / 14, "smaller than that, Nodes 2.0 leaves widgets out"
     screen = page.page.viewport_size
     for x, y, width, height in page.rectangles().values():
         assert x >= 60 and y >= 80 and x + width <= screen["width"] and y + height <= screen["height"]
