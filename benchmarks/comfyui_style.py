@@ -23,13 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SD15 = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "transformer_layers_per_block": [1] * 4, "cross_attention_dim": 768, "use_linear_projection": False,
-    "attention_head_dim": 8,
-}  # fmt: skip
 
 
 def inside_comfyui() -> None:
@@ -91,6 +84,7 @@ def load_once(path: str, ours: bool) -> None:
 
 def compare_loaders(pairs: int) -> dict[str, Any]:
     inside_comfyui()
+    from benchmarks.full_size import SD15
     from tests.hosts.comfyui.inside_tools import random_unet, write_dmm
 
     taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}

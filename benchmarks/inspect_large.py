@@ -21,32 +21,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.full_size import CLIP_G, CLIP_L, UNET, VAE  # noqa: E402
 from dmm_core.checkpoint import inspect_file, keymap  # noqa: E402
 from dmm_core.checkpoint.shapes import Shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
-
-CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
-CLIP_L = {**CLIP, "kind": "clip_l", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-CLIP_G = {**CLIP, "kind": "clip_g", "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-VAE = {"kind": "kl", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-       "in_channels": 3, "out_channels": 3}  # fmt: skip
-UNET: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "block_out_channels": [320, 640, 1280, 1280], "transformer_layers_per_block": [1, 1, 1, 1],
-        "down_block_types": ["CrossAttn"] * 3 + ["Down"], "up_block_types": ["Up"] + ["CrossAttn"] * 3,
-        "cross_attention_dim": 768, "use_linear_projection": False,
-    },
-    "sdxl": {
-        "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
-        "down_block_types": ["Down"] + ["CrossAttn"] * 2, "up_block_types": ["CrossAttn"] * 2 + ["Up"],
-        "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}  # fmt: skip
 
 
 def full_shapes(family: str) -> Shapes:
     """Every key and shape of a full-size LDM file."""
-    config = {**UNET[family], "layers_per_block": 2, "in_channels": 4, "out_channels": 4}
+    config = UNET[family]
     unet, vae = unet_shapes(config), vae_shapes(VAE)
     found = {keymap.UNET + name: unet[key] for key, name in keymap.unet_map(unet, config).items()}
     for key, name in keymap.vae_map(vae, VAE).items():

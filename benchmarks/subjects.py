@@ -11,6 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.full_size import SD15, SDXL
 from dmm_core.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from dmm_core.checkpoint.shapes import unet_shapes
 from dmm_core.conditioning import Context
@@ -23,22 +24,6 @@ from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
-SD15 = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "transformer_layers_per_block": [1, 1, 1, 1], "cross_attention_dim": 768, "use_linear_projection": False,
-    "attention_head_dim": 8,
-}  # fmt: skip
-SDXL = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": 2048, "use_linear_projection": True,
-    "attention_head_dim": [5, 10, 20], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
 FULL = {"sd15": (SD15, 512), "sdxl": (SDXL, 1024)}  # and the pixels it is made for
 POOLED = 1280  # width of SDXL's pooled embedding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
