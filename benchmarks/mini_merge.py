@@ -28,8 +28,15 @@ from dmm_core.run import Merge, bench_of, prepare
 from mini_family import demo, family
 
 LOSSES = {"score": 0.0, "score + feature": 0.001}  # the paper's λ_feat
-KEY = ("steps", "seed", "start", "losses")
+KEY = ("steps", "seed", "start", "losses", "recipe")
 LATENTS = 1240  # a teacher
+CFG_SCALE = 2.0  # they are drawn as the pictures are that the student is measured on
+
+
+def about_recipe() -> str:
+    """What of the recipe has changed between tables."""
+    train = demo.recipe_of(Path(), [], Path(), Path(), 1)["train"]
+    return f"lr {train['lr']:g}, SNR power {train.get('snr_power', 0):g}, latents at CFG {CFG_SCALE:g}"
 
 
 class Runs:
@@ -46,7 +53,7 @@ class Runs:
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{feature}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0, "processes": 1}
-        data["data"]["latents_per_teacher"] = LATENTS
+        data["data"] |= {"latents_per_teacher": LATENTS, "cfg_scale": CFG_SCALE}
         latents = self.folder / f"latents-{seed}.safetensors"
         if latents.exists():
             data["data"] |= {"kind": "cache", "path": str(latents)}
@@ -101,7 +108,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.folder.absolute(), args.steps, args.points)
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
-        row = dict(zip(KEY, (args.steps, seed, start, losses), strict=True))
+        row = dict(zip(KEY, (args.steps, seed, start, losses, about_recipe()), strict=True))
         if any(all(line[name] == row[name] for name in KEY) for line in read(args.out)):
             continue
         print(row, flush=True)
