@@ -49,7 +49,7 @@ def python() -> Path:
 
 
 def pip(*args: str) -> None:
-    command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([*command, *args], check=True)
 
 

@@ -46,8 +46,8 @@ def install(venv: Path, wanted: tuple[str, ...]) -> None:
         raise SystemExit("prepare.py: there is no .venv-dmm yet. Run: python install.py --test -k no_test")
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([str(base), "-m", "venv", str(venv)], check=True)  # of the same Python: it is to load its torch
-    pip = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
-    subprocess.run([*pip, *wanted, *COMMON], check=True)
+    pip = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, "--only-binary=:all:", *wanted, *COMMON], check=True)
     subprocess.run([*pip, "--no-deps", UNET], check=True)
     line = f"import sys; sys.path.append({packages(TESTS)!a})\n"  # after pip: it would take them for its own
     Path(packages(venv), "zz-dmm.pth").write_text(line, encoding="ascii")
