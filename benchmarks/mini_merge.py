@@ -1,9 +1,11 @@
-"""A longer merge of the mini family: score alone and score + feature, average start and base start, several seeds.
+r"""A longer merge of the mini family: score alone and score + feature, average start and base start, several seeds.
 
 A run writes the gap closed and the ratio at several points of its way. Every run is skipped if its line is in the table
 already, so the command can be stopped and called again, and calls with other seeds may run beside each other.
 
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
+    python benchmarks/mini_merge.py --out benchmarks/results/few_samples.jsonl --steps 700 --gap-only --seeds 0 \
+        --start average --losses score --set train.lr=0.001
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --show docs/mini_merge.png
 """
 
@@ -14,37 +16,36 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dmm_core.measure import Compared, commit, device_name, draw_compared, measure
+from dmm_core.measure import SEEDS_B, Compared, commit, device_name, draw_compared, measure, probe_gap
 from dmm_core.recipe import recipe_from_dict, work_folder
 from dmm_core.run import Merge, bench_of, prepare
 from mini_family import demo, family
 
 LOSSES = {"score": 0.0, "score + feature": 0.001}  # the paper's λ_feat
-KEY = ("steps", "seed", "start", "losses", "recipe")
+KEY = ("steps", "seed", "start", "losses", "changes")
 LATENTS = 1240  # a teacher
+KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")
+Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
 CFG_SCALE = 2.0  # they are drawn as the pictures are that the student is measured on
-
-
-def about_recipe() -> str:
-    """What of the recipe has changed between tables."""
-    train = demo.recipe_of(Path(), [], Path(), Path(), 1)["train"]
-    return f"lr {train['lr']:g}, SNR power {train.get('snr_power', 0):g}, latents at CFG {CFG_SCALE:g}"
 
 
 class Runs:
     """All runs of one call; what does not depend on the student is drawn once."""
 
-    def __init__(self, folder: Path, steps: int, points: int) -> None:
-        self.folder, self.steps, self.points = folder, steps, points
+    def __init__(self, folder: Path, steps: int, points: int, changes: Changes, gap_only: bool) -> None:
+        self.folder, self.steps, self.points, self.changes, self.gap_only = folder, steps, points, changes, gap_only
         self.compared: Compared | None = None
+        self.held_out: dict[str, Tensor] = {}
 
     def prepare(self, seed: int, start: str, feature: float) -> Merge:
         base, *teachers = family.unpack(self.folder / "teachers")
@@ -54,7 +55,10 @@ class Runs:
         data["out"] = str(self.folder / f"{start}-{feature}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0, "processes": 1}
         data["data"] |= {"latents_per_teacher": LATENTS, "cfg_scale": CFG_SCALE}
-        latents = self.folder / f"latents-{seed}.safetensors"
+        for section, key, value in self.changes:
+            data[section][key] = value
+        drawn = "-".join(str(data["data"][key]) for key in ("latents_per_teacher", "cfg_scale", "steps"))
+        latents = self.folder / f"latents-{seed}-{drawn}.safetensors"
         if latents.exists():
             data["data"] |= {"kind": "cache", "path": str(latents)}
             return prepare(recipe_from_dict(data))
@@ -71,21 +75,37 @@ class Runs:
                 began = time.monotonic()
                 measured.append(self.measure(merge, result.samples_seen))
                 spent += time.monotonic() - began
-                print(f"  {result.samples_seen} samples: ratio {measured[-1]['ratio']:.3f}", flush=True)
+                told = "" if self.gap_only else f"ratio {measured[-1]['ratio']:.3f}, "
+                print(
+                    f"  {result.samples_seen} samples: {told}gap {measured[-1]['gap_closed']['mean']:.2%}", flush=True
+                )
         measured[-1]["train_seconds"] = round(merge.seconds - spent, 1)
         return measured
 
     def measure(self, merge: Merge, samples: int) -> dict[str, Any]:
         bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE)
-        self.compared = self.compared or draw_compared(bench)
-        report = measure(bench, time.monotonic(), samples, self.compared).report
+        if self.gap_only:
+            self.held_out = self.held_out or {n: bench.of_teacher(i, SEEDS_B) for i, n in enumerate(bench.names)}
+            report = {"samples_seen": samples, "gap_closed": probe_gap(bench, self.held_out, repeats=3)}
+        else:
+            self.compared = self.compared or draw_compared(bench)
+            report = measure(bench, time.monotonic(), samples, self.compared).report
         merge.distillation.teachers.embed(merge.distillation.data.prompts)
         merge.distillation.student.train()
-        return {key: report[key] for key in ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")}
+        return {key: report[key] for key in KEPT if key in report}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def change(text: str) -> tuple[str, str, Any]:
+    """``train.lr=0.001`` as a change of the recipe."""
+    name, _, value = text.partition("=")
+    section, _, key = name.partition(".")
+    if section not in ("train", "data") or not (key and value):
+        raise argparse.ArgumentTypeError(f"{text}: expected train.KEY=VALUE or data.KEY=VALUE")
+    return section, key, json.loads(value)
 
 
 def main() -> None:
@@ -96,6 +116,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--start", nargs="+", default=["average", "base"])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--set", type=change, nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
+                        help="what to change in the recipe: train.lr=0.001 data.cfg_scale=1")  # fmt: skip
+    parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
     args = parser.parse_args()
@@ -106,9 +129,10 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.folder.absolute(), args.steps, args.points)
+    runs = Runs(args.folder.absolute(), args.steps, args.points, args.changes, args.gap_only)
+    changes = " ".join(f"{section}.{key}={value}" for section, key, value in args.changes)
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
-        row = dict(zip(KEY, (args.steps, seed, start, losses, about_recipe()), strict=True))
+        row = dict(zip(KEY, (args.steps, seed, start, losses, changes), strict=True))
         if any(all(line[name] == row[name] for name in KEY) for line in read(args.out)):
             continue
         print(row, flush=True)

@@ -21,7 +21,8 @@ def curves(rows: Sequence[dict[str, Any]], value: Any) -> dict[str, Curve]:
     """Variant and length → values of all its seeds at each number of samples."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        name = f"{row['start']} start, {row['losses']}, {row['steps']} steps"
+        changes = f", {row['changes']}" if row["changes"] else ""
+        name = f"{row['start']} start, {row['losses']}, {row['steps']} steps{changes}"
         for point in row["points"]:
             found.setdefault(name, {}).setdefault(point["samples_seen"], []).append(value(point))
     return {name: sorted(points.items()) for name, points in sorted(found.items())}
