@@ -5,7 +5,7 @@ already, so the command can be stopped and called again, and calls with other se
 
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
     python benchmarks/mini_merge.py --out benchmarks/results/few_samples.jsonl --steps 700 --gap-only --seeds 0 \
-        --start average --losses score --set train.lr=0.001
+        --start average --losses score --set train.lr=0.0005
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --show docs/mini_merge.png
 """
 
@@ -36,7 +36,6 @@ KEY = ("steps", "seed", "start", "losses", "changes")
 LATENTS = 1240  # a teacher
 KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")
 Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
-CFG_SCALE = 2.0  # they are drawn as the pictures are that the student is measured on
 
 
 class Runs:
@@ -54,7 +53,7 @@ class Runs:
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{feature}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0, "processes": 1}
-        data["data"] |= {"latents_per_teacher": LATENTS, "cfg_scale": CFG_SCALE}
+        data["data"]["latents_per_teacher"] = LATENTS
         for section, key, value in self.changes:
             data[section][key] = value
         drawn = "-".join(str(data["data"][key]) for key in ("latents_per_teacher", "cfg_scale", "steps"))
@@ -117,7 +116,7 @@ def main() -> None:
     parser.add_argument("--start", nargs="+", default=["average", "base"])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--set", type=change, nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
-                        help="what to change in the recipe: train.lr=0.001 data.cfg_scale=1")  # fmt: skip
+                        help="what to change in the recipe: train.lr=0.0005 data.cfg_scale=2")  # fmt: skip
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
