@@ -121,7 +121,9 @@ def open_teacher(spec: TeacherSpec, base: Checkpoint | None) -> Checkpoint:
         checkpoint = open_checkpoint(spec.path)
     except LoraGiven:
         if base is None:
-            raise BadInput("is a LoRA, which teaches on top of a base", spec.path, "Give the recipe a base.") from None
+            raise BadInput(
+                "is a LoRA, which teaches on top of a base", spec.path, "Give a base, in the recipe or with --base."
+            ) from None
         return lora_teacher(spec.path, base, spec.strength)
     if spec.strength != 1:
         raise BadInput(f"is no LoRA, but has strength {spec.strength:g}", spec.path, "Leave the strength out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ HELP = "measure a DMM file against its teachers"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the DMM file")
     parser.add_argument(
-        "--teacher", nargs="+", action="extend", required=True, help="its teachers, in the file's order"
-    )
+        "--teacher", nargs="+", action="extend", required=True, metavar="FILE[=STRENGTH]",
+        help="its teachers, in the file's order; LoRA files with the strength they had in its recipe, if none is said",
+    )  # fmt: skip
+    parser.add_argument("--base", help="what LoRA files among the teachers are put on")
     parser.add_argument(
         "--before", metavar="FILE",
         help="the earlier student that dmm extend began with: shown beside; where --teacher gives the new teachers "
@@ -36,9 +39,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
-    from dmm_core.checkpoint import open_checkpoint
+    return measure_beside(args, opened_teachers(args), report)
 
-    return measure_beside(args, [open_checkpoint(path) for path in args.teacher], report)
+
+def opened_teachers(args: argparse.Namespace) -> list:
+    """The teachers that ``--teacher`` names: checkpoints, or LoRA files on ``--base``."""
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.commands.merge import file_and_strength
+    from dmm_core.plan import open_teacher
+    from dmm_core.recipe import TeacherSpec
+
+    base = open_checkpoint(args.base) if args.base else None
+    trained = strengths(open_checkpoint(args.file).metadata.get("dmm.recipe", ""))
+    opened = []
+    for given in map(file_and_strength, args.teacher):
+        path = Path(given["path"])
+        opened.append(
+            open_teacher(TeacherSpec(path, strength=given.get("strength", trained.get(path.name, 1.0))), base)
+        )
+    return opened
+
+
+def strengths(recipe: str) -> dict[str, float]:
+    """Teachers' file names and strengths in a file's ``dmm.recipe``; none where it is left out or not to be read."""
+    try:
+        return {Path(entry["path"]).name: float(entry["strength"]) for entry in json.loads(recipe)["teachers"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
