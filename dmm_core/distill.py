@@ -113,7 +113,8 @@ class Distillation:
     def accumulate(self) -> Tensor | None:
         """Gradients of one step: every teacher says its ε, the student learns it. None where memory ran out."""
         turn, again = self.turn(self.step_count), self.critic is not None
-        batches = [self.data.draw(teacher, self.spec.batch, self.rng, again) for teacher in turn]
+        size = self.data.choose(self.rng)  # one for the whole step, whose rows pass the student together
+        batches = [self.data.draw(teacher, self.spec.batch, self.rng, again, size) for teacher in turn]
         tally = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -14,6 +14,7 @@ from dmm_core.files import write_atomically
 from dmm_core.presets import with_preset, with_stages
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
+from dmm_core.sizes import parse
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0 = not at all
@@ -47,7 +48,9 @@ class DataSpec:
     """Where latents and prompts come from.
 
     "teachers": latents sampled from the teachers themselves; "images": a folder with captions; "cache": a file of
-    latents made earlier. ``size`` is in pixels, None lets the model decide.
+    latents made earlier. ``size`` is in pixels, None lets the model decide. Several sizes of about the same area come
+    of ``aspect``, the longer side's greatest ratio to the shorter one (1: squares alone), or are given as ``sizes``;
+    every step trains on one of them.
     """
 
     kind: Literal["teachers", "images", "cache"] = "teachers"
@@ -58,6 +61,8 @@ class DataSpec:
     cfg_scale: NotNegative = 5.0
     prompt_drop: Share = 0.1
     size: Annotated[int, Range(8)] | None = None
+    sizes: tuple[Annotated[str, Pattern(r"[1-9]\d*x[1-9]\d*", "WIDTHxHEIGHT, e.g. 512x768")], ...] = ()
+    aspect: Annotated[float, Range(1, 4)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,15 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         data.kind == "teachers" or data.path is not None, f"data.path is missing, and data.kind {data.kind} needs it"
     )
     demand(data.size is None or data.size % 8 == 0, f"data.size: expected a multiple of 8, got {data.size}")
+    demand(all(n % 8 == 0 for text in data.sizes for n in parse(text)),
+           f"data.sizes: expected multiples of 8, got {', '.join(data.sizes)}")  # fmt: skip
+    several = bool(data.sizes or data.aspect > 1)
+    demand(
+        data.kind != "cache" or not several, "data.sizes and aspect: expected nothing with kind cache, which has its"
+    )
+    demand(
+        not data.sizes or (data.size, data.aspect) == (None, 1), "data.sizes: expected neither size nor aspect beside"
+    )
     demand(train.start != "base" or recipe.base is not None, "base is missing, and train.start base needs it")
     told = "train.start: expected nothing with student, from which the training starts, got base"
     demand(train.start != "base" or recipe.student is None, told)

@@ -100,10 +100,11 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     from dmm_core.data import built_in_prompts, read_prompts
     from dmm_core.extension import style_teachers
     from dmm_core.fitting import must_fit
+    from dmm_core.latents import latent_size
     from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
     from dmm_core.plan import choose_device
-    from dmm_core.run import average_tensors, latent_size
+    from dmm_core.run import average_tensors
     from dmm_core.teachers import Teachers
 
     checkpoint = open_checkpoint(args.file)

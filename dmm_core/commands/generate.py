@@ -31,9 +31,9 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     from PIL import Image
 
     from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.latents import latent_size
     from dmm_core.models import load_pipeline
     from dmm_core.plan import choose_device
-    from dmm_core.run import latent_size
     from dmm_core.sample import decode, sample
 
     if args.steps < 1:
