@@ -230,9 +230,6 @@ def load_cache(path: str | Path, origin: str = "") -> tuple[list[str], list[Pool
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             prompts = json.loads(about["prompts"])
-            if origin and about.get("origin", "") not in ("", origin):
-                told = "holds latents made with other settings than the recipe's"
-                raise BadInput(told, path, "Use the recipe as it was, or delete the folder to begin anew.")
             count = int(about["pools"])
             names = [[f"{i}.{j}" if j else str(i) for j in range(sizes)]
                      for i, sizes in enumerate(json.loads(about.get("sizes", "null")) or [1] * count)]  # fmt: skip
@@ -242,4 +239,7 @@ def load_cache(path: str | Path, origin: str = "") -> tuple[list[str], list[Pool
             ]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise BadInput("is no cache of latents", path, "Delete it, and it is made again.") from error
+    if origin and about.get("origin", "") not in ("", origin):
+        told = "holds latents made with other settings than the recipe's"
+        raise BadInput(told, path, "Use the recipe as it was, or delete the folder to begin anew.")
     return prompts, pools
