@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dmm_core.checkpoint import Checkpoint
 from dmm_core.errors import BadInput
 
 if TYPE_CHECKING:
+    from dmm_core.checkpoint import Checkpoint
     from dmm_core.recipe import DataSpec
 
 Size = tuple[int, int]
