@@ -75,6 +75,7 @@ class TrainSpec:
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
     ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
     paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, 0: none).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
@@ -100,6 +101,7 @@ class TrainSpec:
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
     regularize: CountOrNone | None = None
+    few_step: NotNegative = 0.0
     weight_decay: NotNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     grad_clip: NotNegative = 1.0
@@ -123,11 +125,12 @@ class TrainSpec:
 class StageSpec:
     """A part of the training, with data and settings of its own; what is left out is as in the recipe itself.
 
-    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say.
+    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say;
+    "few_step" makes a student for 4 to 8 sampling steps, with half of the steps and the guidance of the data.
     """
 
     shorthand: ClassVar[str] = "name"
-    name: Literal["distil", "synthesised"]
+    name: Literal["distil", "synthesised", "few_step"]
     data: DataSpec
     train: TrainSpec
 
@@ -270,6 +273,8 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
+    told = f"train.feature: expected 0 with few_step, got {train.feature}"
+    demand(not (train.few_step and train.feature), told, "It compares the teachers' outputs without guidance.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
         fine = getattr(train, key) in ("fp32", False) or not narrow

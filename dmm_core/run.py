@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.checkpoint.metadata import FEW_STEP
 from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
@@ -113,6 +114,7 @@ class Merge:
         self.distillation.student.save(
             out, self.sources.base, style_info=self.shown_styles(), title=recipe.title or out.stem, report=report,
             recipe=recipe.to_dict(names_only=True) if recipe.include_recipe else None,
+            extra_metadata={FEW_STEP: f"{scale:g}"} if (scale := self.distillation.spec.few_step) else None,
         )  # fmt: skip
         dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
         shutil.rmtree(self.work, ignore_errors=True)
@@ -236,7 +238,8 @@ def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float,
     base, device = sources.base, distillation.device
     encoders, vae = build_text_encoders(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
     student, path = distillation.student.eval(), Path(merge.recipe.out)
-    pipe = Pipeline(student.unet, encoders, vae, base.family, base.prediction_type, student.codebook, path)
+    about = base.family, base.prediction_type, student.codebook, path, distillation.spec.few_step
+    pipe = Pipeline(student.unet, encoders, vae, *about)
     average = build_unet(
         base.unet_config, average_tensors(sources.teachers, None, base), torch.float32, path, styled=False
     )

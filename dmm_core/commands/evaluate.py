@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="prompts that training did not use, one a line (built-in ones if left out)")
     parser.add_argument("--images", type=int, default=96, help="pictures a style (96)")
     parser.add_argument("--steps", type=int, default=12, help="sampler steps (12)")
+    parser.add_argument("--few-steps", type=int, default=4, help="of a student that was made for few steps (4)")
     parser.add_argument("--cfg", type=float, default=None, help="guidance scale (7; 2 for the mini family)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="dmm-evaluation", help="folder for report.html, report.json and pictures")
@@ -137,7 +138,7 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
     cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
     student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
-    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify)
+    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps)
 
 
 def pairs_of(given: list[list[str]], names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -174,10 +175,11 @@ def headline(report: dict[str, Any]) -> list[str]:
     """The figures that matter, a sentence each."""
     error = f" ± {report['ratio_error']:.3f}" if report.get("ratio_error") else ""
     average = report["weight_average"]
+    gap = report["gap_closed"]["mean"]
     return [
         f"ratio to the teachers' own distance: {report['ratio']:.3f}{error} "
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
-        f"score gap closed: {report['gap_closed']['mean']:.1%} (0 % is the weight average, 100 % the teachers)",
+        *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
         *separated(report),
         f"measured with {report['extractor']}, {report['images_per_style']} pictures a style",
     ]
