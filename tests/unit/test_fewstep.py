@@ -109,7 +109,7 @@ def test_the_stage(tmp_path, teachers):
 
 
 def test_features_have_no_place_in_it(tmp_path, teachers):
-    with pytest.raises(RecipeError, match="train.feature"):
+    with pytest.raises(RecipeError, match=r"train\.feature"):
         built(tmp_path / "o.safetensors", teachers, few_step=2.0, feature=0.1)
 
 
