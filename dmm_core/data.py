@@ -16,6 +16,7 @@ from torch import Tensor
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.errors import BadInput
+from dmm_core.sizes import PIXELS, Size, nearest
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -25,7 +26,7 @@ class Batch:
     """Rows for one teacher. Student and teacher read the SAME x_t, t and prompt numbers: the drop is in ``prompt``."""
 
     teacher: int
-    x_t: Tensor  # (B, 4, h, w)
+    x_t: Tensor  # (B, 4, h, w), all of one size
     t: Tensor  # (B,)
     noise: Tensor  # (B, 4, h, w)
     prompt: Tensor  # (B,) numbers of prompts; the last prompt is the empty one
@@ -42,32 +43,49 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """Clean latents (n, 4, h, w) and the number of the prompt that each belongs to (n,)."""
+    """Clean latents (n, 4, h, w) of one size and the number of the prompt that each belongs to (n,)."""
 
     latents: Tensor
     prompt: Tensor
 
 
+Pools = tuple[Pool, ...]  # one teacher's, of a size each; none for a teacher that is not asked
+
+
 class LatentData:
-    """Draws training batches from one pool a teacher, or from one pool for all.
+    """Draws training batches from the pools of every teacher, or from those for all.
 
     Args:
         prompts: all prompts WITHOUT the empty one, which gets the number ``len(prompts)``.
-        pools: one, or one a teacher.
+        pools: one entry, or one a teacher; several pools in an entry are of the same sizes in the same order.
         prompt_drop: share of rows whose prompt becomes the empty one (the paper's 10 %).
+
+    Raises:
+        BadInput: the pools' sizes differ between teachers.
     """
 
-    def __init__(self, prompts: Sequence[str], pools: Sequence[Pool], prompt_drop: float = 0.1) -> None:
+    def __init__(self, prompts: Sequence[str], pools: Sequence[Pool | Pools], prompt_drop: float = 0.1) -> None:
         self.prompts = (*prompts, "")
-        self.pools = list(pools)
+        self.pools = [(entry,) if isinstance(entry, Pool) else tuple(entry) for entry in pools]
         self.prompt_drop = prompt_drop
+        sizes = [[tuple(pool.latents.shape[-2:]) for pool in entry] for entry in self.pools if entry]
+        if any(other != sizes[0] for other in sizes):
+            raise BadInput(f"the teachers' latents are of different sizes: {sizes}", hint="Make them anew.")
+        self.counts = torch.tensor([sum(map(len, of_size)) for of_size in zip(*self._latents(), strict=True)])
 
-    def draw(self, teacher: int, rows: int, rng: torch.Generator, again: bool = False) -> Batch:
+    def _latents(self) -> Iterator[list[Tensor]]:
+        return ([pool.latents for pool in entry] for entry in self.pools if entry)
+
+    def choose(self, rng: torch.Generator) -> int:
+        """The size of a step's batches, each as likely as it is frequent; nothing is drawn where there is one alone."""
+        return int(torch.multinomial(self.counts.double(), 1, generator=rng)) if len(self.counts) > 1 else 0
+
+    def draw(self, teacher: int, rows: int, rng: torch.Generator, again: bool = False, size: int = 0) -> Batch:
         """``rows`` noised samples for a teacher. The one place where noise, timestep and prompt drop are drawn.
 
-        ``again``: with what diffuses a clean prediction a second time.
+        ``again``: with what diffuses a clean prediction a second time. ``size``: what ``choose`` said.
         """
-        pool = self.pools[teacher % len(self.pools)]
+        pool = self.pools[teacher % len(self.pools)][size]
         pick = torch.randint(len(pool.latents), (rows,), generator=rng)
         x0 = pool.latents[pick].float()
         noise = torch.randn(x0.shape, generator=rng)
@@ -146,53 +164,82 @@ def _rows(table: Path) -> Iterator[tuple[Path, str]]:
         yield picture, text
 
 
-def encode_images(vae: Any, folder: str | Path, size: int) -> tuple[list[str], Pool]:
-    """Latents of an image folder at ``size`` pixels square (scaled by the short side, cut in the middle)."""
+def encode_images(vae: Any, folder: str | Path, sizes: Sequence[Size]) -> tuple[list[str], Pools]:
+    """Latents of an image folder, a pool for each of the ``sizes`` of latents that has pictures.
+
+    Every picture goes to the size that is most like its own shape, scaled to cover it and cut in the middle.
+    """
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     from dmm_core.sample import encode
 
-    captions, latents = [], []
+    captions: list[str] = []
+    rows: dict[int, list[tuple[int, Tensor]]] = {number: [] for number in range(len(sizes))}
     for path, caption in captioned_images(folder):
         try:
             with Image.open(path) as image:
-                picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                which = nearest((upright.height, upright.width), sizes)
+                height, width = sizes[which]
+                picture = ImageOps.fit(upright, (PIXELS * width, PIXELS * height))
         except (OSError, UnidentifiedImageError) as error:
             raise BadInput("is no picture that can be read", path, "Remove it, or save it again as PNG.") from error
+        rows[which].append((len(captions), encode(vae, np.asarray(picture)[None]).cpu()))
         captions.append(caption)
-        latents.append(encode(vae, np.asarray(picture)[None]).cpu())
     prompts = sorted(set(captions))
     number = {text: i for i, text in enumerate(prompts)}
-    return prompts, Pool(torch.cat(latents), torch.tensor([number[c] for c in captions]))
+    return prompts, tuple(
+        Pool(torch.cat([latent for _, latent in part]), torch.tensor([number[captions[i]] for i, _ in part]))
+        for part in rows.values() if part
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- cache
 
 
-def save_cache(path: str | Path, prompts: Sequence[str], pools: Sequence[Pool]) -> None:
-    """One safetensors file with all latents (float16) and prompts, written atomically."""
+def save_cache(path: str | Path, prompts: Sequence[str], pools: Sequence[Pools], origin: str = "") -> None:
+    """One safetensors file with all latents (float16) and prompts, written atomically.
+
+    ``latents.N`` and ``prompt.N`` are teacher N's; further sizes are ``latents.N.1`` and so on. ``origin`` tells what
+    they were made with.
+    """
     tensors = {}
-    for i, pool in enumerate(pools):
-        tensors[f"latents.{i}"] = pool.latents.half().contiguous()
-        tensors[f"prompt.{i}"] = pool.prompt.contiguous()
-    write_safetensors(Path(path), tensors, {"prompts": json.dumps(list(prompts)), "pools": str(len(pools))})
+    for i, entry in enumerate(pools):
+        for j, pool in enumerate(entry):
+            name = f"{i}.{j}" if j else str(i)
+            tensors[f"latents.{name}"] = pool.latents.half().contiguous()
+            tensors[f"prompt.{name}"] = pool.prompt.contiguous()
+    sizes = [len(entry) for entry in pools]
+    about = {
+        "prompts": json.dumps(list(prompts)),
+        "pools": str(len(pools)),
+        "sizes": json.dumps(sizes),
+        "origin": origin,
+    }
+    write_safetensors(Path(path), tensors, about)
 
 
-def load_cache(path: str | Path) -> tuple[list[str], list[Pool]]:
-    """What ``save_cache`` wrote.
+def load_cache(path: str | Path, origin: str = "") -> tuple[list[str], list[Pools]]:
+    """What ``save_cache`` wrote, or an earlier version of it, which knew one size alone.
 
     Raises:
-        BadInput: no such file, or not a cache of latents.
+        BadInput: no such file, not a cache of latents, or one of another ``origin``, where that is asked.
     """
     try:
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             prompts = json.loads(about["prompts"])
+            count = int(about["pools"])
+            names = [[f"{i}.{j}" if j else str(i) for j in range(sizes)]
+                     for i, sizes in enumerate(json.loads(about.get("sizes", "null")) or [1] * count)]  # fmt: skip
             pools = [
-                Pool(file.get_tensor(f"latents.{i}"), file.get_tensor(f"prompt.{i}"))
-                for i in range(int(about["pools"]))
+                tuple(Pool(file.get_tensor(f"latents.{name}"), file.get_tensor(f"prompt.{name}")) for name in entry)
+                for entry in names
             ]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise BadInput("is no cache of latents", path, "Delete it, and it is made again.") from error
+    if origin and about.get("origin", "") not in ("", origin):
+        told = "holds latents made with other settings than the recipe's"
+        raise BadInput(told, path, "Use the recipe as it was, or delete the folder to begin anew.")
     return prompts, pools

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
+from dmm_core.fewstep import consistency_loss, guided
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
 from dmm_core.optim import StudentOptimizer
 from dmm_core.ranks import Alone
@@ -113,7 +115,8 @@ class Distillation:
     def accumulate(self) -> Tensor | None:
         """Gradients of one step: every teacher says its ε, the student learns it. None where memory ran out."""
         turn, again = self.turn(self.step_count), self.critic is not None
-        batches = [self.data.draw(teacher, self.spec.batch, self.rng, again) for teacher in turn]
+        size = self.data.choose(self.rng)  # one for the whole step, whose rows pass the student together
+        batches = [self.data.draw(teacher, self.spec.batch, self.rng, again, size) for teacher in turn]
         tally = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -133,6 +136,9 @@ class Distillation:
     def ask(self, batch: Batch) -> Target:
         """Let a batch's teacher predict."""
         x_t, t = to_device((batch.x_t, batch.t), self.device)
+        if self.spec.few_step:
+            nothing = len(self.data.prompts) - 1
+            return Target(batch, guided(self.teachers, batch, x_t, t, nothing, self.spec.few_step), [])
         eps, features = self.teachers.predict(batch.teacher, x_t, t, batch.prompt, features=self.spec.feature > 0)
         return Target(batch, eps, features)
 
@@ -150,7 +156,12 @@ class Distillation:
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
         wanted = torch.cat([target.eps for target in targets])
-        score = score_loss(eps, wanted)
+        if self.spec.few_step:
+            with self.autocast():
+                ask = partial(self.student.forward, context=context, weights=styles)
+                score = consistency_loss(ask, x_t, t, eps, wanted, self.teachers.prediction_type)
+        else:
+            score = score_loss(eps, wanted)
         loss = self.spec.score * score * weights
         feature = adversarial = discriminator = torch.zeros_like(score)
         scaled = lambda rows: self.scaler.scale(rows.sum() / (share * self.spec.batch))  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
-from dmm_core.data import Pool, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
+from dmm_core.data import Pool, Pools, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
 from dmm_core.models import build_vae
 from dmm_core.plan import Sources
 from dmm_core.recipe import Recipe, work_folder
 from dmm_core.sample import initial_noise, sample_latents
+from dmm_core.schema import plain
+from dmm_core.sizes import latent_sizes
 from dmm_core.speed import side_by_side
 from dmm_core.teachers import Teachers
 
@@ -24,19 +27,18 @@ def silent(what: str, done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
-def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify) -> tuple[list[str], list[Pool]]:
-    """Prompts and one pool of latents a teacher (or one for all), from the cache if this recipe has made one."""
+def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify) -> tuple[list[str], list[Pools]]:
+    """Prompts and every teacher's latents (or one entry for all), from the cache if this recipe has made one."""
     spec = recipe.data
     if spec.kind == "cache":
         return load_cache(spec.path or "")
-    cache = work_folder(recipe) / "latents.safetensors"
+    cache, origin = work_folder(recipe) / "latents.safetensors", origin_of(recipe)
     if cache.exists():
-        return load_cache(cache)
+        return load_cache(cache, origin)
     if spec.kind == "images":
-        prompts, pool = encode_images(
-            build_vae(sources.base, torch.float32).to(teachers.device), spec.path or "", spec.size or 512
-        )
-        pools = [pool]
+        vae = build_vae(sources.base, torch.float32).to(teachers.device)
+        prompts, pictures = encode_images(vae, spec.path or "", latent_sizes(spec, sources.base))
+        pools = [pictures]
     else:
         prompts = (
             read_prompts(spec.prompts)
@@ -44,10 +46,17 @@ def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Noti
             else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
         )
         pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe))
-    save_cache(cache, prompts, pools)
+    save_cache(cache, prompts, pools, origin)
     for part in cache.parent.glob("latents-*.safetensors"):
         part.unlink()
     return load_cache(cache)  # as stored, so that a resumed run sees the same bits
+
+
+def origin_of(recipe: Recipe) -> str:
+    """All of a recipe that its latents depend on, as text."""
+    data = {key: value for key, value in plain(recipe.data, str).items() if key != "prompt_drop"}
+    teachers = [(teacher.path.name, teacher.strength) for teacher in recipe.teachers]
+    return json.dumps([data, teachers, recipe.train.seed, recipe.train.regularize == 0])
 
 
 def teacher_latents(
@@ -58,41 +67,46 @@ def teacher_latents(
     notify: Notify = silent,
     chunk: int = 16,
     keep: Path | None = None,
-) -> list[Pool]:
-    """``latents_per_teacher`` latents sampled from every teacher, the prompts in turn: no data set is needed.
+) -> list[Pools]:
+    """``latents_per_teacher`` latents sampled from every teacher that will be asked, prompts and sizes in turn.
 
     ``keep``: a folder where each teacher's are put, and found again after an interruption.
     """
     spec = recipe.data
-    count, total = spec.latents_per_teacher, spec.latents_per_teacher * len(teachers)
-    size = latent_size(sources.base, spec.size)
+    sizes = latent_sizes(spec, sources.base)
+    asked = range(sources.old if recipe.train.regularize == 0 else 0, len(teachers))
+    count, done, total = spec.latents_per_teacher, 0, spec.latents_per_teacher * len(asked)
     teachers.embed([*prompts, ""])
-    pools = []
-    for index in range(len(teachers)):
+    pools: list[Pools] = [()] * asked.start
+    for index in asked:
         kept = keep / f"latents-{index}.safetensors" if keep else None
         if kept and kept.exists():
-            pools += load_cache(kept)[1]
+            pools += load_cache(kept, origin_of(recipe))[1]
+            done += count
             continue
         number = (
             torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
         )
         unet, nothing = teachers.unet(index), teachers.context(index, torch.tensor([len(prompts)]))
 
-        def draw(start: int, unet=unet, nothing=nothing, index=index, number=number) -> Tensor:
-            rows = number[start : start + chunk]
-            seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + start + i for i in range(len(rows))]
+        def draw(rows: range, unet=unet, nothing=nothing, index=index, number=number) -> Tensor:
+            seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + row for row in rows]
             return sample_latents(
-                unet, teachers.context(index, rows), initial_noise(seeds, size), steps=spec.steps,
-                cfg_scale=spec.cfg_scale, negative=nothing, **teachers.sampling(index),
+                unet, teachers.context(index, number[list(rows)]), initial_noise(seeds, sizes[rows[0] % len(sizes)]),
+                steps=spec.steps, cfg_scale=spec.cfg_scale, negative=nothing, **teachers.sampling(index),
             ).cpu()  # fmt: skip
 
-        parts = []
-        for part in side_by_side(draw, range(0, count, chunk), teachers.device):
-            parts.append(part)
-            notify("teachers draw their training data", index * count + sum(map(len, parts)), total)
-        pools.append(Pool(torch.cat(parts), number))
+        of_size = [range(first, count, len(sizes)) for first in range(len(sizes))]
+        chunks = [rows[start : start + chunk] for rows in of_size for start in range(0, len(rows), chunk)]
+        parts: list[list[Tensor]] = [[] for _ in sizes]
+        for rows, part in zip(chunks, side_by_side(draw, chunks, teachers.device), strict=True):
+            parts[rows[0] % len(sizes)].append(part)
+            done += len(part)
+            notify("teachers draw their training data", done, total)
+        pools.append(tuple(Pool(torch.cat(part), number[list(rows)])
+                           for part, rows in zip(parts, of_size, strict=True)))  # fmt: skip
         if kept:
-            save_cache(kept, prompts, pools[-1:])
+            save_cache(kept, prompts, pools[-1:], origin_of(recipe))
     return pools
 
 

@@ -1,8 +1,8 @@
 """LoRA files: what they hold, and what they add to a checkpoint's weights.
 
-Read are LoRA and LoCon (linear layers and convolutions, also with a middle factor) in kohya's names (``lora_unet_…``,
-``lora_te_…``; the UNet in diffusers' or LDM's names) and in diffusers' and peft's (``unet.….lora_A.weight``). Every key
-of a file is used, or named in the error.
+Read are LoRA and LoCon (linear layers and convolutions, also with a middle factor), LoHa and LoKr, each also as DoRA,
+in kohya's names (``lora_unet_…``, ``lora_te_…``; the UNet in diffusers' or LDM's names) and in diffusers' and peft's
+(``unet.….lora_A.weight``). What they add is in ``adapters.py``. Every key of a file is used, or named in the error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm_core import adapters
 from dmm_core.checkpoint import keymap
 from dmm_core.checkpoint.checkpoint import Checkpoint
 from dmm_core.checkpoint.errors import BadMetadata, CheckpointError, NonFinite
@@ -30,14 +31,17 @@ ROLES = {  # end of a key → its role
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up", "_lora.down.weight": "down", "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up", ".dora_scale": "dora_scale",
+    **{f".lora_magnitude_vector{end}": "magnitude" for end in ("", ".weight", ".default", ".default.weight")},
+    **{f".{role}": role for form in adapters.FORMS for role in form if "_w" in role or "_t" in role},
 }  # fmt: skip
 OTHERS = {  # what a key matches → what has such keys
-    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.dora_scale|lora_magnitude_vector": "DoRA", r"\.oft_": "OFT",
+    r"\.oft_": "OFT",
     r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3", r"\.[wb]_norm$": "a LoRA with norms",
     r"\.diff(_b)?$": "a file of full differences (or a DMM style file)", r"^bundle_emb\.": "a LoRA with embeddings",
     r"\.lora_(bias|B\.bias)$": "a LoRA with biases",
 }  # fmt: skip
+READ = "LoRA, LoCon, LoHa, LoKr and DoRA files are."
 ADAPTER = "lora_adapter_metadata"  # where diffusers writes peft's settings
 COMPONENTS = {"unet": "unet", "text_encoder_0": "text_encoder", "text_encoder_1": "text_encoder_2"}
 Target = tuple[str, str]  # part of a checkpoint, key in diffusers' or transformers' names
@@ -49,7 +53,7 @@ class LoraError(CheckpointError):
 
 @dataclass(eq=False)
 class Lora:
-    """An opened file: for every layer, by the file's name for it, the key of each role (down, up, mid, alpha)."""
+    """An opened file: for every layer, by the file's name for it, the key of each role (down, up, alpha …)."""
 
     path: Path
     tensors: Tensors
@@ -75,28 +79,26 @@ class Lora:
             if target is None:
                 lost = sum(_modern(other) not in names for other in self.layers)
                 count = "a layer" if lost == 1 else f"{lost} of {len(self.layers)} layers"
-                what = f"has {count} for which {ck.path.name} ({ck.family}) has no place: {keys['down']}"
+                what = f"has {count} for which {ck.path.name} ({ck.family}) has no place: {_first(keys)}"
                 raise LoraError(what, self.path, "Use a LoRA made for this architecture.")
             if target in found:
-                raise LoraError(f"has two layers for {target[1]}: {keys['down']} is the second", self.path)
+                raise LoraError(f"has two layers for {target[1]}: {_first(keys)} is the second", self.path)
             self._check_shape(keys, ck.shapes(target[0])[target[1]], ck)
             found[target] = keys
         return FittedLora(self, found)
 
     def _check_shape(self, keys: dict[str, str], wanted: tuple[int, ...], ck: Checkpoint) -> None:
-        down, up = self.tensors.shape(keys["down"]), self.tensors.shape(keys["up"])
-        rank, fits = (down[0] if down else 0), False
-        made: tuple[int, ...] = ()
-        if len(down) > 1 and "mid" in keys:
-            mid = self.tensors.shape(keys["mid"])
-            made = (up[0], down[1], *mid[2:])
-            fits = mid[:2] == (rank, rank) and math.prod(down) == rank * down[1] and math.prod(up) == up[0] * rank
-        elif len(down) > 1 and len(up) > 1:
-            made = (up[0], *down[1:])
-            fits = math.prod(up) == up[0] * rank
-        if not fits or _bare(made) != _bare(wanted):
-            told = f"{keys['down']} {list(down)} and {keys['up']} {list(up)} do not make {list(wanted)}"
-            raise LoraError(f"{told}, the shape in {ck.path.name}", self.path, "Use a LoRA made for this architecture.")
+        shapes = {role: self.tensors.shape(key) for role, key in keys.items()}
+        values = {role: torch.empty(shape, device="meta") for role, shape in shapes.items()}
+        try:
+            fits = tuple(adapters.change(values).shape) == (wanted[0], math.prod(wanted[1:]))
+            adapters.magnitude(values, wanted)
+        except (RuntimeError, ValueError, IndexError):
+            fits = False
+        if not fits:
+            made = " and ".join(f"{keys[role]} {list(shape)}" for role, shape in shapes.items() if role != "alpha")
+            told = f"{made} do not make {list(wanted)}, the shape in {ck.path.name}"
+            raise LoraError(told, self.path, "Use a LoRA made for this architecture.")
 
 
 @dataclass(eq=False)
@@ -106,11 +108,16 @@ class FittedLora:
     lora: Lora
     layers: dict[Target, dict[str, str]]
 
-    def delta(self, part: str, key: str, strength: float = 1.0) -> Tensor | None:
-        """strength · alpha / rank · up @ down, float32, flattened to (out, rest); None where nothing changes.
+    def needs_weight(self, part: str, key: str) -> bool:
+        """Whether ``delta`` depends on the weight that it is added to."""
+        return bool(adapters.DORA & self.layers.get((part, key), {}).keys())
+
+    def delta(self, part: str, key: str, strength: float = 1.0, weight: Tensor | None = None) -> Tensor | None:
+        """What is added to a weight, float32, flattened to (out, rest); None where nothing changes.
 
         Args:
             part, key: as in ``Checkpoint.parts``.
+            weight: what it is added to, (out, …); needed where ``needs_weight``.
 
         Raises:
             NonFinite: the file has NaN or infinity.
@@ -119,13 +126,13 @@ class FittedLora:
         if keys is None or not strength:
             return None
         values = {role: self._read(name) for role, name in keys.items()}
-        down, up = values["down"], values["up"]
-        scale = strength * self._scale(part, key, down.shape[0], values.get("alpha"))
-        if "mid" in values:
-            # (i, p) up, (i, j, h, w) mid, (j, q) down: LoCon's "tucker" form
-            made = torch.einsum("pi,ijhw,jq->pqhw", up.flatten(1), values["mid"], down.flatten(1))
-            return made.flatten(1).mul_(scale)
-        return (up.flatten(1) @ down.flatten(1)).mul_(scale)
+        made = adapters.change(values).mul_(self._scale(part, key, adapters.rank(values), values.get("alpha")))
+        if self.needs_weight(part, key):
+            assert weight is not None, f"{key}: DoRA needs the weight"
+            norms = adapters.magnitude(values, weight.shape)
+            assert norms is not None
+            made = adapters.rescale(weight.float().cpu(), made.reshape(weight.shape), norms).flatten(1)
+        return made.mul_(strength)
 
     def _read(self, key: str) -> Tensor:
         tensor = self.lora.tensors[key]
@@ -133,8 +140,10 @@ class FittedLora:
             raise NonFinite(self.lora.path, key, bad)
         return tensor.float()
 
-    def _scale(self, part: str, key: str, rank: int, alpha: Tensor | None) -> float:
+    def _scale(self, part: str, key: str, rank: int | None, alpha: Tensor | None) -> float:
         """alpha / rank; 1 where the file says nothing. peft's settings count where a layer has no alpha of its own."""
+        if rank is None:
+            return 1.0
         if alpha is not None:
             return float(alpha) / rank
         settings, component = self.lora.settings, COMPONENTS[part]
@@ -150,7 +159,7 @@ class FittedLora:
         """A part's state dict with the LoRA in it; changed tensors are new ones of the same type, the rest the same."""
         changed = dict(state)
         for key, tensor in state.items():
-            if (delta := self.delta(part, key, strength)) is not None:
+            if (delta := self.delta(part, key, strength, tensor)) is not None:
                 changed[key] = (tensor.float() + delta.reshape(tensor.shape).to(tensor.device)).to(tensor.dtype)
         return changed
 
@@ -159,7 +168,7 @@ def open_lora(path: str | Path) -> Lora:
     """Read a LoRA file's header.
 
     Raises:
-        LoraError: no LoRA, a relative that is not read here (LoHa, LoKr, DoRA …), or keys that make no layer.
+        LoraError: no LoRA, a relative that is not read here (OFT, GLoRA …), or keys that make no layer.
         MissingFile, PickleRefused, NotSafetensors, TruncatedFile
     """
     path = Path(path)
@@ -168,7 +177,7 @@ def open_lora(path: str | Path) -> Lora:
     tensors, _ = open_tensors(path)
     for pattern, kind in OTHERS.items():
         if key := next((key for key in tensors if re.search(pattern, key)), None):
-            raise LoraError(f"is {kind}, which is not read here: {key}", path, "Only LoRA and LoCon files are.")
+            raise LoraError(f"is {kind}, which is not read here: {key}", path, READ)
     if not is_lora(tensors):
         raise LoraError("holds no LoRA", path, "Give a LoRA file; checkpoints are named as models or teachers.")
     layers: dict[str, dict[str, str]] = {}
@@ -180,10 +189,21 @@ def open_lora(path: str | Path) -> Lora:
         if ROLES[end] in keys:
             raise LoraError(f"has {key} beside {keys[ROLES[end]]}", path)
         keys[ROLES[end]] = key
+    settings = _settings(path, tensors.metadata)
+    dora = any(key.endswith("use_dora") and value for key, value in settings.items())
     for keys in layers.values():
-        if not {"down", "up"} <= keys.keys():
-            raise LoraError(f"lacks the other half of {next(iter(keys.values()))}", path, "Get the file again.")
-    return Lora(path, tensors, layers, _settings(path, tensors.metadata))
+        whole = adapters.complete(keys)
+        if whole is None:
+            raise LoraError(f"has keys that make no layer together: {', '.join(keys.values())}", path)
+        if not whole:
+            raise LoraError(f"lacks the other half of {_first(keys)}", path, "Get the file again.")
+    if dora and not any(adapters.DORA & keys.keys() for keys in layers.values()):
+        raise LoraError("is DoRA by its metadata, and lacks DoRA's norms", path, "Get the file again.")
+    return Lora(path, tensors, layers, settings)
+
+
+def _first(keys: Mapping[str, str]) -> str:
+    return next(iter(keys.values()))
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -195,8 +215,6 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise BadMetadata(path, ADAPTER, "is not valid JSON") from error
     if not isinstance(settings, dict):
         raise BadMetadata(path, ADAPTER, "should be a JSON object")
-    if any(key.endswith("use_dora") and value for key, value in settings.items()):
-        raise LoraError("is DoRA, which is not read here (by its metadata)", path, "Only LoRA and LoCon files are.")
     return settings
 
 
@@ -204,11 +222,6 @@ def _modern(layer: str) -> str:
     """A layer's name as diffusers has it since 2023: attention processors had their own before."""
     layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
     return layer + ".0" if layer.endswith(".to_out") else layer
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the 1×1 of a convolution that is a matrix."""
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
 
 
 def layer_names(ck: Checkpoint) -> dict[str, Target]:

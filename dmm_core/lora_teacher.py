@@ -13,7 +13,7 @@ from dmm_core.lora import FittedLora, open_lora
 
 @dataclass(eq=False)
 class LoraTeacher(Checkpoint):
-    """A base whose tensors are changed as they are read: W + strength · alpha / rank · up @ down.
+    """A base whose tensors are changed as they are read, e.g. to W + strength · alpha / rank · up @ down.
 
     ``path`` and ``sha256`` are the LoRA's. What the LoRA leaves alone is the base's own tensor, and held once with it.
     """
@@ -23,7 +23,7 @@ class LoraTeacher(Checkpoint):
 
     def changed(self, part: str, key: str, tensor: Tensor) -> Tensor:
         """See ``Checkpoint.changed``. Raises NonFinite: the LoRA has NaN or infinity."""
-        delta = None if self.fitted is None else self.fitted.delta(part, key, self.strength)
+        delta = None if self.fitted is None else self.fitted.delta(part, key, self.strength, tensor)
         return tensor if delta is None else (tensor.float() + delta.reshape(tensor.shape)).to(tensor.dtype)
 
     def check_finite(self) -> None:

@@ -47,6 +47,7 @@ class Bench:
     cfg_scale: float = 1.0
     notify: Notify = field(default=lambda what, done, total: None)
     what: str = "draws pictures to compare"
+    few: int = 4  # steps of a student for few steps, which draws without guidance
 
     def __post_init__(self) -> None:
         assert self.student.codebook is not None
@@ -69,14 +70,14 @@ class Bench:
 
         ``sampling``: of another kind of model than the student, see ``Teachers.sampling``.
         """
-        kind = sampling or {"prediction_type": self.student.prediction_type}
+        kind = {"steps": self.steps, "cfg_scale": self.cfg_scale, "prediction_type": self.student.prediction_type}
+        kind |= sampling or {}
         prompts, empty = context[:-1][rows], context[-1:]
         noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
 
         def draw(part: slice) -> Tensor:
             return sample_latents(
-                unet, prompts[part].to(unet.device), noise[part], steps=self.steps, cfg_scale=self.cfg_scale,
-                negative=empty.to(unet.device), style=style, **kind,
+                unet, prompts[part].to(unet.device), noise[part], negative=empty.to(unet.device), style=style, **kind,
             )  # fmt: skip
 
         parts = []
@@ -91,7 +92,8 @@ class Bench:
         return self.sample(self.teachers.unet(index), context, seeds, None, rows, self.teachers.sampling(index))
 
     def of_student(self, mix: Mapping[str, float], seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
-        return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows)
+        few = {"few_step": True, "steps": self.few, "cfg_scale": 1.0} if self.student.few_step else None
+        return self.sample(self.student.unet, self.context, seeds, self.codebook.style(mix), rows, few)
 
     def in_styles_of(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Pictures of the student in styles of another; what it does not have, it draws in its default style."""
@@ -192,10 +194,13 @@ def measure(
         student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average),
         before=before.in_styles_of(bench.names) if before else None,
     )  # fmt: skip
+    few = bool(bench.student.few_step)
+    gap = None if few else probe_gap(bench, compared.latents_b)  # of few steps: it predicts with its guidance in it
     report = to_report(
-        evaluation, gap=probe_gap(bench, compared.latents_b), seconds=round(time.monotonic() - began, 1),
+        evaluation, gap=gap, seconds=round(time.monotonic() - began, 1),
         samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),
-        sampler={"name": "DPM-Solver++ 2M", "steps": bench.steps, "cfg_scale": bench.cfg_scale},
+        sampler={"name": "DPM-Solver++ 2M", "steps": bench.steps, "cfg_scale": bench.cfg_scale}
+        | ({"student": f"LCM in {bench.few} steps without guidance"} if few else {}),
         **more,
     )  # fmt: skip
     return Measured(report)

@@ -51,6 +51,12 @@ class Unit:
     transposed: bool
     step: Step
     flips: tuple[tuple[int, int] | None, ...]  # shape of a matrix that must be transposed first
+    weighed: bool  # whether what a LoRA adds depends on the merged tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is merged in one piece."""
+        return self.weighed or any(self.flips)
 
 
 Piece = tuple[Unit | str, int]  # a unit, or the name of a tensor that is copied; and the first value's number
@@ -132,11 +138,13 @@ class Merger:
                 yield unit, self.copied[unit].make()
                 continue
             if unit is not current:
-                current, delta = unit, self._delta(unit)
+                current, delta = unit, None if unit.weighed else self._delta(unit)
             values = [
                 value if shape is None else value.reshape(shape).T.reshape(-1)
                 for value, shape in zip(values, unit.flips, strict=True)
             ]
+            if unit.weighed:
+                delta = self._delta(unit, merge_values(unit.step.merge, values, None, torch.float32))
             count = values[0].numel()
             added = None if delta is None else delta[begin : begin + count]
             yield unit.name, merge_values(unit.step.merge, values, added, self.kinds[unit.name].dtype)
@@ -152,8 +160,7 @@ class Merger:
             stored = self.layout[name]
             for part, key in stored.holds:
                 unit, spans = self._unit(name, stored, part, key)
-                whole = any(unit.flips)
-                pieces = [span.pieces(span.count if whole else READ) for span in spans]
+                pieces = [span.pieces(span.count if unit.whole else READ) for span in spans]
                 for number, row in enumerate(zip(*pieces, strict=True)):
                     yield Job((unit, number * READ), row)
 
@@ -166,14 +173,22 @@ class Merger:
             info = model.tensors.info[source.key]
             spans.append(Span.of(info, source))
             flips.append((info.shape[0], info.shape[1]) if source.transposed != stored.transposed else None)
-        return Unit(name, part, key, stored.transposed, step, tuple(flips)), spans
+        weighed = any(lora.needs_weight(part, key) for _, lora in self.loras)
+        return Unit(name, part, key, stored.transposed, step, tuple(flips), weighed), spans
 
-    def _delta(self, unit: Unit) -> Tensor | None:
-        """What the LoRAs add to a tensor, flat and in the output's order; None for nothing."""
+    def _delta(self, unit: Unit, merged: Tensor | None = None) -> Tensor | None:
+        """What the LoRAs add to a tensor, flat and in the output's order; None for nothing.
+
+        ``merged``: the tensor, flat in float32, where the unit is ``weighed``; LoRAs come one after the other.
+        """
         total: Tensor | None = None
+        if merged is not None:
+            shape = self.first.shapes(unit.part)[unit.key]
+            merged = merged.reshape(shape[::-1]).T if unit.transposed else merged.reshape(shape)
         for spec, lora in self.loras:
             text = unit.part != "unet" and spec.text_strength is not None
-            delta = lora.delta(unit.part, unit.key, spec.text_strength if text else spec.strength)
+            weight = merged if merged is None or total is None else merged + total.reshape(merged.shape)
+            delta = lora.delta(unit.part, unit.key, spec.text_strength if text else spec.strength, weight)
             if delta is not None:
                 total = delta if total is None else total.add_(delta)
         if total is None:
@@ -189,7 +204,7 @@ class Merger:
                 if bad := non_finite(model.tensor(part, key)):
                     return NonFinite(model.path, model.parts[part][key].key, bad)
             for spec, lora in self.loras:
-                delta = lora.delta(part, key, 1.0)
+                delta = lora.delta(part, key, 1.0, self.first.tensor(part, key))
                 if delta is not None and (bad := non_finite(delta)):
                     return NonFinite(spec.path, error.key, bad)
         if not stored:

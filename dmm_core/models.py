@@ -26,6 +26,7 @@ class Pipeline:
     prediction_type: str
     codebook: Codebook | None
     path: Path
+    few_step: float = 0.0  # the guidance that a student for few steps has in itself; 0: an ordinary model
 
     @property
     def device(self) -> torch.device:
@@ -102,4 +103,5 @@ def load_pipeline(
     unet, text_encoders, vae = (part.to(device) for part in parts)
     if codebook is not None:
         codebook = codebook.to(device=device, dtype=torch.float32).requires_grad_(False)
-    return Pipeline(unet, text_encoders, vae, checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path)
+    about = checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path, checkpoint.few_step
+    return Pipeline(unet, text_encoders, vae, *about)

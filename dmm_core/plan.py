@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from dmm_core.errors import BadInput
 from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
 from dmm_core.recipe import Recipe, TeacherSpec
+from dmm_core.sizes import latent_sizes
 
 GIB = 2**30
 
@@ -121,7 +124,9 @@ def open_teacher(spec: TeacherSpec, base: Checkpoint | None) -> Checkpoint:
         checkpoint = open_checkpoint(spec.path)
     except LoraGiven:
         if base is None:
-            raise BadInput("is a LoRA, which teaches on top of a base", spec.path, "Give the recipe a base.") from None
+            raise BadInput(
+                "is a LoRA, which teaches on top of a base", spec.path, "Give a base, in the recipe or with --base."
+            ) from None
         return lora_teacher(spec.path, base, spec.strength)
     if spec.strength != 1:
         raise BadInput(f"is no LoRA, but has strength {spec.strength:g}", spec.path, "Leave the strength out.")
@@ -152,25 +157,20 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     from dmm_core.trial import weights_bytes
 
     sources = open_sources(recipe)
-    spec = found.recipe.train if found else recipe.train
+    stages = stage_recipes(found.recipe if found else recipe)
+    spec = stages[0].train
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device, spec.weights)
     count, total = parameters(sources.base), len(sources.teachers)
     different = len({teacher.path for teacher in sources.teachers})  # old styles share the earlier student's weights
-    resident = min(spec.resident or different, different)
-    body = encoder_parameters(sources.base.shapes("unet")) if spec.adversarial else 0
-    memory = weights_bytes(spec, count, device, resident, body)
-    size = sum(
-        f.stat().st_size for f in ([sources.base.path] if sources.base.path.is_file() else sources.base.path.rglob("*"))
+    body = encoder_parameters(sources.base.shapes("unet")) if any(part.train.adversarial for part in stages) else 0
+    memory = max(
+        weights_bytes(part.train, count, device, min(part.train.resident or different, different), body)
+        for part in stages
     )
-    stages = stage_recipes(found.recipe if found else recipe)
-    made = {stage.work: stage.data for stage in stages if stage.data.kind == "teachers"}.values()  # equal ones once
-    latents = sum(data.latents_per_teacher for data in made) * total
-    side = (recipe.data.size or 8 * int(sources.base.unet_config["sample_size"])) // 8
-    drawn = latents * 4 * side**2 * 2
-    disk = size + drawn + (0 if spec.student == "lora" else count * (12 + (4 if spec.ema else 0)))
-    disk += 4 * count if len(stages) > 1 else 0  # the student between two stages
-    disk += 12 * body if spec.discriminator == "full" else 0
+    made = {stage.work: stage for stage in stages if stage.data.kind == "teachers"}.values()  # equal ones once
+    drawn = sum(latent_bytes(stage, sources) for stage in made)
+    disk = drawn + file_bytes(sources.base.path) + state_bytes(stages, count, body)
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
@@ -185,17 +185,48 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     )  # fmt: skip
     if not found:
         return told
-    trial = found.trial
     # What the trial did not hold: all prompts' embeddings (the student's in float32, the teachers'), and latents twice.
     width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if precision == "fp32" else 2
-    ram = trial.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
-    chunks = sum(-(-data.latents_per_teacher // 16) * data.steps for data in made) * total
-    drawing = chunks * trial.seconds_per_denoising
-    training = trial.seconds_per_step * samples / rows[0]  # the first stage was tried
-    return replace(
-        told, seconds_per_step=trial.seconds_per_step, seconds=training + drawing,
-        peak_bytes=trial.device or ram, ram_bytes=ram, changes=found.changes,
+    ram = found.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
+    timed = list(zip(stages, found.trials, strict=True))
+    drawing = sum(
+        -(-part.data.latents_per_teacher // 16) * part.data.steps * asked(part, sources) * trial.seconds_per_denoising
+        for part, trial in timed if part in made
     )  # fmt: skip
+    training = sum(part.train.steps * trial.seconds_per_step for part, trial in timed)
+    return replace(
+        told, seconds_per_step=training / steps, seconds=training + drawing,
+        peak_bytes=found.device or ram, ram_bytes=ram, changes=found.changes,
+    )  # fmt: skip
+
+
+def asked(recipe: Recipe, sources: Sources) -> int:
+    """How many teachers draw latents: all, or the new ones where old styles are not trained."""
+    return len(sources.teachers) - (sources.old if recipe.train.regularize == 0 else 0)
+
+
+def file_bytes(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
+
+
+def state_bytes(stages: Sequence[Recipe], count: int, body: int) -> int:
+    """Room that the saved state takes, and the student between two stages.
+
+    Args:
+        count, body: parameters of the UNet and of the discriminator's body.
+    """
+    spec = stages[0].train
+    size = 0 if spec.student == "lora" else count * (12 + (4 if any(part.train.ema for part in stages) else 0))
+    size += 4 * count if len(stages) > 1 else 0
+    return size + (12 * body if any(part.train.discriminator == "full" for part in stages) else 0)
+
+
+def latent_bytes(recipe: Recipe, sources: Sources) -> int:
+    """Room that the latents of a stage's teachers take, in float16."""
+    sizes = latent_sizes(recipe.data, sources.base)
+    mean = math.fsum(h * w for h, w in sizes) / len(sizes)
+    return int(recipe.data.latents_per_teacher * asked(recipe, sources) * 4 * mean * 2)
 
 
 def prompt_count(recipe: Recipe) -> int:

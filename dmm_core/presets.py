@@ -95,6 +95,7 @@ def with_stages(data: Any) -> Any:
     """A recipe's plain mapping whose ``stages`` say all: what one leaves out is as in the recipe itself.
 
     ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make.
+    ``few_step`` takes half of the steps, and makes the guidance with which the data are drawn the student's own.
     """
     stages = data.get("stages") if isinstance(data, Mapping) else None
     if not isinstance(stages, list | tuple):
@@ -111,6 +112,9 @@ def with_stages(data: Any) -> Any:
         if given.get("name") == "synthesised":
             own["data"] = {"kind": "teachers", "path": None}
             own["train"] = {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
+        if given.get("name") == "few_step":
+            own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "feature": 0.0, "snr_power": 0.0}
+            own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
         filled = dict(given)
         for key, common in (("data", data_of), ("train", train)):
             said = given.get(key) or {}

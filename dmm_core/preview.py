@@ -16,8 +16,9 @@ from torch import Tensor
 from dmm_core.files import write_atomically
 from dmm_core.models import build_vae
 from dmm_core.report.draw import LINE, MUTED, PAPER, place, shorten, write
-from dmm_core.run import Merge, latent_size
+from dmm_core.run import Merge
 from dmm_core.sample import decode, initial_noise, sample_latents
+from dmm_core.sizes import latent_sizes, squarest
 
 STEPS = 8  # of the sampler: enough to see the style
 KEPT = 2  # files; whoever shows the last but one may still be reading it
@@ -33,7 +34,7 @@ class Preview:
     def __init__(self, merge: Merge) -> None:
         self.merge, self.run = merge, merge.distillation
         self.folder = merge.work / "previews"
-        self.size = latent_size(merge.sources.base, merge.recipe.data.size)
+        self.size = squarest(latent_sizes(merge.recipe.data, merge.sources.base))
         prompts = merge.distillation.data.prompts
         few = 2 if len(merge.sources.names) <= 2 else 1
         self.prompts = sorted({0, (len(prompts) - 1) // 2})[:few]

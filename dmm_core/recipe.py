@@ -14,6 +14,7 @@ from dmm_core.files import write_atomically
 from dmm_core.presets import with_preset, with_stages
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
+from dmm_core.sizes import parse
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0 = not at all
@@ -47,7 +48,9 @@ class DataSpec:
     """Where latents and prompts come from.
 
     "teachers": latents sampled from the teachers themselves; "images": a folder with captions; "cache": a file of
-    latents made earlier. ``size`` is in pixels, None lets the model decide.
+    latents made earlier. ``size`` is in pixels, None lets the model decide. Several sizes of about the same area come
+    of ``aspect``, the longer side's greatest ratio to the shorter one (1: squares alone), or are given as ``sizes``;
+    every step trains on one of them.
     """
 
     kind: Literal["teachers", "images", "cache"] = "teachers"
@@ -58,6 +61,8 @@ class DataSpec:
     cfg_scale: NotNegative = 5.0
     prompt_drop: Share = 0.1
     size: Annotated[int, Range(8)] | None = None
+    sizes: tuple[Annotated[str, Pattern(r"[1-9]\d*x[1-9]\d*", "WIDTHxHEIGHT, e.g. 512x768")], ...] = ()
+    aspect: Annotated[float, Range(1, 4)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class TrainSpec:
     (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
     ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
     paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, 0: none).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
@@ -95,6 +101,7 @@ class TrainSpec:
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
     regularize: CountOrNone | None = None
+    few_step: NotNegative = 0.0
     weight_decay: NotNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     grad_clip: NotNegative = 1.0
@@ -118,11 +125,12 @@ class TrainSpec:
 class StageSpec:
     """A part of the training, with data and settings of its own; what is left out is as in the recipe itself.
 
-    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say.
+    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say;
+    "few_step" makes a student for 4 to 8 sampling steps, with half of the steps and the guidance of the data.
     """
 
     shorthand: ClassVar[str] = "name"
-    name: Literal["distil", "synthesised"]
+    name: Literal["distil", "synthesised", "few_step"]
     data: DataSpec
     train: TrainSpec
 
@@ -243,6 +251,15 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         data.kind == "teachers" or data.path is not None, f"data.path is missing, and data.kind {data.kind} needs it"
     )
     demand(data.size is None or data.size % 8 == 0, f"data.size: expected a multiple of 8, got {data.size}")
+    demand(all(n % 8 == 0 for text in data.sizes for n in parse(text)),
+           f"data.sizes: expected multiples of 8, got {', '.join(data.sizes)}")  # fmt: skip
+    several = bool(data.sizes or data.aspect > 1)
+    demand(
+        data.kind != "cache" or not several, "data.sizes and aspect: expected nothing with kind cache, which has its"
+    )
+    demand(
+        not data.sizes or (data.size, data.aspect) == (None, 1), "data.sizes: expected neither size nor aspect beside"
+    )
     demand(train.start != "base" or recipe.base is not None, "base is missing, and train.start base needs it")
     told = "train.start: expected nothing with student, from which the training starts, got base"
     demand(train.start != "base" or recipe.student is None, told)
@@ -256,6 +273,8 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
+    told = f"train.feature: expected 0 with few_step, got {train.feature}"
+    demand(not (train.few_step and train.feature), told, "It compares the teachers' outputs without guidance.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
         fine = getattr(train, key) in ("fp32", False) or not narrow

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
+from dmm_core.checkpoint.metadata import FEW_STEP
 from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.errors import BadInput
 from dmm_core.fitting import same_prediction
-from dmm_core.latents import Notify, latent_size, make_data, silent
+from dmm_core.latents import Notify, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
@@ -29,6 +30,7 @@ from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.result import StepResult
 from dmm_core.resume import load_student, save_student
+from dmm_core.sizes import latent_sizes, squarest
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.stages import finished, stage_recipe, state_file, student_file, total_steps, unfinished
 from dmm_core.student import Student
@@ -112,6 +114,7 @@ class Merge:
         self.distillation.student.save(
             out, self.sources.base, style_info=self.shown_styles(), title=recipe.title or out.stem, report=report,
             recipe=recipe.to_dict(names_only=True) if recipe.include_recipe else None,
+            extra_metadata={FEW_STEP: f"{scale:g}"} if (scale := self.distillation.spec.few_step) else None,
         )  # fmt: skip
         dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
         shutil.rmtree(self.work, ignore_errors=True)
@@ -124,13 +127,17 @@ class Merge:
         return [*old, *({"name": name, "teacher": t.path.name, "sha256": t.sha256()} for name, t in new)]
 
     def shown_styles(self) -> list[dict[str, str]]:
-        """``style_info`` with a thumbnail each, where every teacher drew latents of its own and there is a VAE."""
-        info, pools, base = self.style_info(), self.distillation.data.pools, self.sources.base
-        if len(pools) != len(info) or base.vae_config is None:
+        """``style_info`` with a thumbnail for each teacher that drew latents of its own, where there is a VAE."""
+        info, entries, base = self.style_info(), self.distillation.data.pools, self.sources.base
+        if len(entries) != len(info) or base.vae_config is None:
             return info
         vae = build_vae(base, torch.float32).to(self.distillation.teachers.device)
+        drew = [number for number, entry in enumerate(entries) if entry]
+        sizes = [(pool.latents.shape[-2], pool.latents.shape[-1]) for pool in entries[drew[0]]]
+        pools = [entries[number][sizes.index(squarest(sizes))] for number in drew]
         pictures = of_latents(vae, [pool.latents for pool in pools], [pool.prompt for pool in pools])
-        return [{"thumbnail": uri, **entry} for entry, uri in zip(info, pictures, strict=True)]
+        shown = dict(zip(drew, pictures, strict=True))
+        return [{"thumbnail": shown[i], **entry} if i in shown else entry for i, entry in enumerate(info)]
 
 
 def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks: Alone | None = None) -> Merge:
@@ -231,9 +238,10 @@ def bench_of(merge: Merge, prompts: Sequence[str], steps: int, cfg_scale: float,
     base, device = sources.base, distillation.device
     encoders, vae = build_text_encoders(base, torch.float32).to(device), build_vae(base, torch.float32).to(device)
     student, path = distillation.student.eval(), Path(merge.recipe.out)
-    pipe = Pipeline(student.unet, encoders, vae, base.family, base.prediction_type, student.codebook, path)
+    about = base.family, base.prediction_type, student.codebook, path, distillation.spec.few_step
+    pipe = Pipeline(student.unet, encoders, vae, *about)
     average = build_unet(
         base.unet_config, average_tensors(sources.teachers, None, base), torch.float32, path, styled=False
     )
-    size = latent_size(base, merge.recipe.data.size)
+    size = squarest(latent_sizes(merge.recipe.data, base))
     return Bench(pipe, distillation.teachers, average.to(device), prompts, size, steps, cfg_scale, notify)

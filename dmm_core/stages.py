@@ -16,7 +16,7 @@ def stage_recipe(recipe: Recipe, number: int) -> Recipe:
     if not recipe.stages:
         return recipe
     stage, folder = recipe.stages[number], work_folder(recipe)
-    data = [(other.data, other.train.seed) for other in recipe.stages]
+    data = [(other.data, other.train.seed, other.train.regularize == 0) for other in recipe.stages]
     first = data.index(data[number])
     return replace(recipe, data=stage.data, train=stage.train, work=folder / f"stage-{first + 1}" if first else folder)
 

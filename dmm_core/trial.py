@@ -17,6 +17,8 @@ from dmm_core.economy import is_out_of_memory
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.recipe import Recipe, TrainSpec
+from dmm_core.sizes import largest, latent_sizes
+from dmm_core.stages import stage_recipes
 
 ROOM = 0.92  # share of the free memory that a plan may fill
 SAMPLED = 16  # latents that are drawn together, as run.py does
@@ -63,13 +65,13 @@ def _child(recipe: Recipe, answer: Any) -> None:
 
 
 def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
-    """As ``run.prepare`` and the first steps, with random latents and one prompt."""
+    """As ``run.prepare`` and the first steps, with random latents of the largest size and one prompt."""
     from dmm_core.data import LatentData, Pool
-    from dmm_core.run import latent_size, load_teachers, open_sources, ready
+    from dmm_core.run import load_teachers, open_sources, ready
     from dmm_core.sample import initial_noise, sample_latents
 
     sources = open_sources(recipe, check_values=False)
-    size = latent_size(sources.base, recipe.data.size)
+    size = largest(latent_sizes(recipe.data, sources.base))
     teachers = load_teachers(recipe, sources)
     teachers.embed(["a picture", ""])
     count = min(SAMPLED, recipe.data.latents_per_teacher)
@@ -103,36 +105,75 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe that fits, what was changed in it for that (keys of ``train``), and its trial."""
+    """A recipe that fits, what was changed in it for that (keys of ``train``), and the trial of each stage."""
 
     recipe: Recipe
     changes: dict[str, Any]
-    trial: Trial
+    trials: tuple[Trial, ...]
+
+    @property
+    def device(self) -> int:
+        """Peak of the accelerator's memory over all stages, bytes."""
+        return max(trial.device for trial in self.trials)
+
+    @property
+    def ram(self) -> int:
+        """Peak of the host's memory over all stages, bytes."""
+        return max(trial.ram for trial in self.trials)
 
 
 def fit(
     recipe: Recipe, device: str, parameters: int, budget: int | None = None, note: Any = None, encoder: int = 0
 ) -> Fit | None:
-    """The recipe, or the least sparing change of it whose trial stays within ``budget`` bytes; None if none does.
+    """The recipe, or the least sparing change of it whose stages' trials stay within ``budget``; None if none does.
 
     Args:
         parameters, encoder: of the UNet and its encoder half, to leave out what cannot fit without trying it.
-        budget: None takes what the device has free now.
+        budget: bytes; None takes what the device has free now.
         note: told what is tried, in a line.
     """
     room = budget if budget is not None else free_memory(device)
-    for changes in candidates(recipe.train, len(recipe.teachers), device):
+    together = any(stage.train.fused_backward for stage in recipe.stages)
+    spec = replace(recipe.train, fused_backward=recipe.train.fused_backward or together)
+    for changes in candidates(spec, len(recipe.teachers), device):
         stages = tuple(replace(stage, train=replace(stage.train, **changes)) for stage in recipe.stages)
         sparing = replace(recipe, train=replace(recipe.train, **changes), stages=stages)
-        resident = sparing.train.resident or len(recipe.teachers)
-        if room is not None and weights_bytes(sparing.train, parameters, device, resident, encoder) > room:
+        specs = [stage.train for stage in stage_recipes(sparing)]
+        least = max(
+            weights_bytes(spec, parameters, device, spec.resident or len(recipe.teachers), encoder) for spec in specs
+        )
+        if room is not None and least > room:
             continue
         if note is not None:
             note("trying " + (", ".join(f"{key}: {value}" for key, value in changes.items()) or "the recipe as it is"))
-        trial = try_out(sparing)
-        if trial and (room is None or (trial.device or trial.ram) <= room):
-            return Fit(sparing, changes, trial)
+        if trials := try_stages(sparing, room):
+            return Fit(sparing, changes, trials)
     return None
+
+
+def try_stages(recipe: Recipe, room: int | None) -> tuple[Trial, ...] | None:
+    """The trial of each stage, made once for those that need the same; None as soon as one does not fit."""
+    known: dict[Any, Trial] = {}
+    for stage in stage_recipes(recipe):
+        if (needs := needs_of(stage)) in known:
+            continue
+        trial = try_out(stage)
+        if trial is None or (room is not None and (trial.device or trial.ram) > room):
+            return None
+        known[needs] = trial
+    return tuple(known[needs_of(stage)] for stage in stage_recipes(recipe))
+
+
+def needs_of(recipe: Recipe) -> tuple[Any, ...]:
+    """What of a stage its memory and time depend on."""
+    data, spec = recipe.data, recipe.train
+    alike = replace(
+        spec, steps=1, lr=1.0, style_lr=None, adversarial_lr=None, schedule="constant", warmup=0, seed=0, save_every=0,
+        score=1.0, snr_power=0.0, feature=float(spec.feature > 0), adversarial=float(spec.adversarial > 0),
+        weight_decay=0.0, betas=(0.9, 0.999), grad_clip=float(spec.grad_clip > 0), ema=0.5 * (spec.ema > 0),
+    )  # fmt: skip
+    drawn = (min(SAMPLED, data.latents_per_teacher), data.cfg_scale != 1) if data.kind == "teachers" else ()
+    return data.kind, data.size, data.sizes, data.aspect, drawn, alike
 
 
 def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, Any]]:

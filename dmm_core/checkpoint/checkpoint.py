@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint.errors import NonFinite, NotACheckpoint
+from dmm_core.checkpoint.metadata import FEW_STEP
 from dmm_core.checkpoint.parts import Part, read_part
 from dmm_core.checkpoint.reader import Tensors, sha256
 from dmm_core.checkpoint.shapes import Shapes, codebook_shapes, text_shapes, unet_shapes, vae_shapes
@@ -69,6 +70,14 @@ class Checkpoint:
     def style_width(self) -> int:
         """Numbers in a style vector: the width of the time embedding, 1280 for the full models."""
         return 4 * self.unet_config["block_out_channels"][0]
+
+    @property
+    def few_step(self) -> float:
+        """The guidance scale that a student for 4 to 8 sampling steps has in itself; 0 for ordinary models."""
+        try:
+            return float(self.metadata.get(FEW_STEP, 0))
+        except ValueError:
+            return 0.0
 
     def unet(self) -> dict[str, Tensor]:
         """The UNet in diffusers' keys, without those of DMM."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ HELP = "measure a DMM file against its teachers"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the DMM file")
     parser.add_argument(
-        "--teacher", nargs="+", action="extend", required=True, help="its teachers, in the file's order"
-    )
+        "--teacher", nargs="+", action="extend", required=True, metavar="FILE[=STRENGTH]",
+        help="its teachers, in the file's order; LoRA files with the strength they had in its recipe, if none is said",
+    )  # fmt: skip
+    parser.add_argument("--base", help="what LoRA files among the teachers are put on")
     parser.add_argument(
         "--before", metavar="FILE",
         help="the earlier student that dmm extend began with: shown beside; where --teacher gives the new teachers "
@@ -30,15 +33,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="prompts that training did not use, one a line (built-in ones if left out)")
     parser.add_argument("--images", type=int, default=96, help="pictures a style (96)")
     parser.add_argument("--steps", type=int, default=12, help="sampler steps (12)")
+    parser.add_argument("--few-steps", type=int, default=4, help="of a student that was made for few steps (4)")
     parser.add_argument("--cfg", type=float, default=None, help="guidance scale (7; 2 for the mini family)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="dmm-evaluation", help="folder for report.html, report.json and pictures")
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
-    from dmm_core.checkpoint import open_checkpoint
+    return measure_beside(args, opened_teachers(args), report)
 
-    return measure_beside(args, [open_checkpoint(path) for path in args.teacher], report)
+
+def opened_teachers(args: argparse.Namespace) -> list:
+    """The teachers that ``--teacher`` names: checkpoints, or LoRA files on ``--base``."""
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.commands.merge import file_and_strength
+    from dmm_core.plan import open_teacher
+    from dmm_core.recipe import TeacherSpec
+
+    base = open_checkpoint(args.base) if args.base else None
+    trained = strengths(open_checkpoint(args.file).metadata.get("dmm.recipe", ""))
+    opened = []
+    for given in map(file_and_strength, args.teacher):
+        path = Path(given["path"])
+        opened.append(
+            open_teacher(TeacherSpec(path, strength=given.get("strength", trained.get(path.name, 1.0))), base)
+        )
+    return opened
+
+
+def strengths(recipe: str) -> dict[str, float]:
+    """Teachers' file names and strengths in a file's ``dmm.recipe``; none where it is left out or not to be read."""
+    try:
+        return {Path(entry["path"]).name: float(entry["strength"]) for entry in json.loads(recipe)["teachers"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
@@ -73,10 +101,11 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     from dmm_core.data import built_in_prompts, read_prompts
     from dmm_core.extension import style_teachers
     from dmm_core.fitting import must_fit
+    from dmm_core.latents import latent_size
     from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
     from dmm_core.plan import choose_device
-    from dmm_core.run import average_tensors, latent_size
+    from dmm_core.run import average_tensors
     from dmm_core.teachers import Teachers
 
     checkpoint = open_checkpoint(args.file)
@@ -109,7 +138,7 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
     cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
     student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
-    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify)
+    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps)
 
 
 def pairs_of(given: list[list[str]], names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -146,10 +175,11 @@ def headline(report: dict[str, Any]) -> list[str]:
     """The figures that matter, a sentence each."""
     error = f" ± {report['ratio_error']:.3f}" if report.get("ratio_error") else ""
     average = report["weight_average"]
+    gap = report["gap_closed"]["mean"]
     return [
         f"ratio to the teachers' own distance: {report['ratio']:.3f}{error} "
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
-        f"score gap closed: {report['gap_closed']['mean']:.1%} (0 % is the weight average, 100 % the teachers)",
+        *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
         *separated(report),
         f"measured with {report['extractor']}, {report['images_per_style']} pictures a style",
     ]

@@ -19,8 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_style_argument(parser)
     parser.add_argument("--no-normalize", action="store_true", help="take the weights as they are (extrapolation)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=None, help="guidance scale, 1 is off (7; 2 for the mini family)")
+    parser.add_argument("--steps", type=int, default=None, help="(20; 4 with a student for few steps)")
+    parser.add_argument(
+        "--cfg", type=float, default=None,
+        help="guidance scale, 1 is off (7; 2 for the mini family; 1 with a student for few steps)",
+    )  # fmt: skip
     parser.add_argument("--size", default=None, metavar="WxH", help="in pixels, multiples of 8")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="picture.png", help="PNG; further pictures get -1, -2 … before the suffix")
@@ -31,12 +34,12 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     from PIL import Image
 
     from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.latents import latent_size
     from dmm_core.models import load_pipeline
     from dmm_core.plan import choose_device
-    from dmm_core.run import latent_size
     from dmm_core.sample import decode, sample
 
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         raise BadInput(f"--steps {args.steps}: expected at least 1")
     mix = parse_mix(args.style)
     checkpoint = open_checkpoint(args.file)
@@ -47,11 +50,13 @@ def run(args: argparse.Namespace, report: Any) -> dict:
         if pipe.codebook is None:
             raise BadInput("is no DMM file, so it has no styles", args.file, "Leave --style out.")
         style = pipe.codebook.style(mix, not args.no_normalize)
-    cfg = args.cfg if args.cfg is not None else (2.0 if checkpoint.unet_config["block_out_channels"][0] < 128 else 7.0)
+    small, few = checkpoint.unet_config["block_out_channels"][0] < 128, pipe.few_step > 0
+    cfg = args.cfg if args.cfg is not None else 1.0 if few else 2.0 if small else 7.0
+    steps = args.steps or (4 if few else 20)
     seeds = [args.seed + i for i in range(len(args.prompt))]
     with torch.no_grad():
         latents = sample(
-            pipe, args.prompt, seeds=seeds, steps=args.steps, cfg_scale=cfg, negative=args.negative, style=style,
+            pipe, args.prompt, seeds=seeds, steps=steps, cfg_scale=cfg, negative=args.negative, style=style,
             size=(height, width),
         )  # fmt: skip
     out, paths = Path(args.out), []
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
         paths.append(out if i == 0 else out.with_stem(f"{out.stem}-{i}"))
         Image.fromarray(picture).save(paths[-1])
         report.out(str(paths[-1]))
-    return {"out": paths, "seeds": seeds, "style": mix, "steps": args.steps, "cfg": cfg, "size": [width, height]}
+    return {"out": paths, "seeds": seeds, "style": mix, "steps": steps, "cfg": cfg, "size": [width, height]}
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -60,12 +60,12 @@ def recipe_of(args: argparse.Namespace) -> Any:
     models = [{"path": path, "weight": weight} for path, weight in zip(args.model, weights, strict=True)]
     data: dict[str, Any] = {"models": models, "out": args.out}
     data |= {"base": args.base, "method": "add_difference"} if args.base else {}
-    data |= {"loras": [_lora(text) for text in args.lora]} if args.lora else {}
+    data |= {"loras": [file_and_strength(text) for text in args.lora]} if args.lora else {}
     data |= {name: getattr(args, name) for name in ("alpha", "dtype") if getattr(args, name) is not None}
     return merge_recipe_from_dict(data, source="command line")
 
 
-def _lora(text: str) -> dict[str, Any]:
+def file_and_strength(text: str) -> dict[str, Any]:
     """``FILE`` or ``FILE=STRENGTH``."""
     path, equals, strength = text.rpartition("=")
     if not equals or Path(text).exists():

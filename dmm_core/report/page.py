@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dmm_core.report.chart import mixing_chart
 from dmm_core.report.pictures import Grids
 from dmm_core.report.tables import (
     e,
@@ -32,7 +33,8 @@ def page(report: Mapping[str, Any], grids: Grids, title: str) -> str:
     if grids.mixes:
         parts.append(_section("Mixes", _MIXES, mix_table(grids.mixes, grids.weights)))
     if report.get("mixing"):
-        parts.append(_section("Mixes in figures", _MIXING, *map(mixing_numbers, report["mixing"])))
+        shown = [mixing_chart(mixing) + mixing_numbers(mixing) for mixing in report["mixing"]]
+        parts.append(_section("Mixes in figures", _MIXING, *shown))
     parts += [_matrices(report), _average(report, grids), _made(report), _use(report, grids)]
     count = len(report["styles"])
     styles = f"{count} {'style' if count == 1 else 'styles'} in one checkpoint: {', '.join(report['styles'])}"

@@ -76,18 +76,18 @@ def test_image_folder_becomes_latents_and_a_broken_picture_is_named(tmp_path):
     for name in ("x", "y"):
         picture(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("same", encoding="utf-8")
-    prompts, pool = encode_images(pipe.vae, folder, 64)
+    prompts, (pool,) = encode_images(pipe.vae, folder, [(8, 8)])
     assert prompts == ["same"] and pool.latents.shape == (2, 4, 8, 8) and pool.prompt.tolist() == [0, 0]
     (folder / "y.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match=r"y\.png"):
-        encode_images(pipe.vae, folder, 64)
+        encode_images(pipe.vae, folder, [(8, 8)])
 
 
 def test_cache_round_trip(tmp_path):
     pool = Pool(torch.randn(3, 4, 8, 8).half(), torch.tensor([1, 0, 1]))
-    save_cache(tmp_path / "c.safetensors", ["a", "ß"], [pool, pool])
+    save_cache(tmp_path / "c.safetensors", ["a", "ß"], [(pool,), (pool,)])
     prompts, pools = load_cache(tmp_path / "c.safetensors")
-    assert prompts == ["a", "ß"] and len(pools) == 2 and torch.equal(pools[1].latents, pool.latents)
+    assert prompts == ["a", "ß"] and len(pools) == 2 and torch.equal(pools[1][0].latents, pool.latents)
     (tmp_path / "c.safetensors").write_bytes(b"12345678")
     with pytest.raises(BadInput, match="no cache"):
         load_cache(tmp_path / "c.safetensors")

@@ -280,6 +280,6 @@ def test_an_interruption_loses_no_teacher_s_finished_latents(tmp_path, teachers)
     again = []
     resumed = run("broken", lambda what, done, total: again.append(done))
     assert min(again) > max(told), "the first teacher did not draw again"
-    for one, two in zip(whole[1], resumed[1], strict=True):
+    for (one,), (two,) in zip(whole[1], resumed[1], strict=True):
         assert torch.equal(one.latents, two.latents) and torch.equal(one.prompt, two.prompt)
     assert [p.name for p in (tmp_path / "broken" / "o.work").glob("latents*")] == ["latents.safetensors"]

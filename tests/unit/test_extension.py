@@ -14,8 +14,10 @@ from dmm_core.data import LatentData, Pool
 from dmm_core.errors import BadInput, RecipeError
 from dmm_core.extension import StyleTeacher, style_teacher, teachers_of_step
 from dmm_core.models import build_unet
+from dmm_core.plan import latent_bytes
 from dmm_core.recipe import TrainSpec, recipe_from_dict
 from dmm_core.run import open_sources, prepare, ready
+from dmm_core.stages import stage_recipes
 from dmm_core.teachers import Teachers
 from tests.unit import tiny
 from tests.unit.merges import SMALL, TRAIN, furthest
@@ -108,6 +110,26 @@ def test_regularisation_keeps_old_styles_nearer(folder, tmp_path):
             error += (mine - wanted).square().mean().item()
         drift[regularize] = error
     assert drift[None] < 0.7 * drift[0], drift
+
+
+def test_old_styles_that_are_not_trained_draw_no_latents(folder, tmp_path):
+    """Nor does the plan count them; a stage that trains them has latents of its own."""
+    told = []
+    made = recipe(folder, tmp_path / "o.safetensors", regularize=0, steps=2)
+    merge = prepare(made, notify=lambda what, done, total: told.append((done, total)))
+    sizes = [[len(pool.latents) for pool in entry] for entry in merge.distillation.data.pools]
+    count = SMALL["latents_per_teacher"]
+    assert sizes == [[], [], [count]] and told[-1] == (count, count)
+    assert len(list(merge.steps())) == 2
+    shown = {entry["name"]: "thumbnail" in entry for entry in merge.shown_styles()}
+    assert shown == {"ink": False, "néon": False, "added": True}, "old ones keep what the earlier file has"
+    merge.save()
+    both = recipe_from_dict(made.to_dict() | {"stages": [
+        {"name": "distil", "train": {"regularize": 0}}, {"name": "distil", "train": {"regularize": 1}}]})  # fmt: skip
+    first, second = stage_recipes(both)
+    assert first.work != second.work
+    sources = open_sources(made, check_values=False)
+    assert latent_bytes(second, sources) == 3 * latent_bytes(first, sources)
 
 
 @pytest.mark.parametrize("extra", [{}, {"adversarial": 0.1, "resident": 1}])

@@ -143,15 +143,19 @@ def test_settings_of_peft(sd15, tmp_path):
         path = lora(tmp_path / "l.safetensors", tensors, lora_adapter_metadata=json.dumps(settings))
         assert torch.allclose(open_lora(path).fit(sd15).delta("unet", TO_Q + ".weight"), scale * (up @ down))
     lora(tmp_path / "l.safetensors", tensors, lora_adapter_metadata=json.dumps({"unet.use_dora": True}))
-    with pytest.raises(LoraError, match="is DoRA"):
+    with pytest.raises(LoraError, match="lacks DoRA's norms"):
         open_lora(tmp_path / "l.safetensors")
 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
-    [({f"lora_unet_{flat(CONV)}.hada_w1_a": (2, 2)}, "is LoHa"),
-     ({f"lora_unet_{flat(CONV)}.lokr_w1": (2, 2)}, "is LoKr"),
-     ({f"lora_unet_{flat(TO_Q)}.dora_scale": (64, 1)}, "is DoRA"),
+    [({f"lora_unet_{flat(CONV)}.hada_w1_a": (2, 2)}, f"other half of lora_unet_{flat(CONV)}.hada_w1_a"),
+     ({f"lora_unet_{flat(CONV)}.lokr_w1": (2, 2)}, f"other half of lora_unet_{flat(CONV)}.lokr_w1"),
+     ({f"lora_unet_{flat(TO_Q)}.hada_w1_a": (64, 2)}, "no layer together"),
+     ({f"lora_unet_{flat(TO_Q)}.dora_scale": (63, 1)}, "do not make [64, 64]"),
+     ({f"lora_unet_{flat(TO_Q)}.oft_blocks": (2, 32, 32)}, "is OFT, which is not read here"),
+     ({f"lora_unet_{flat(TO_Q)}.on_input": ()}, "is IA3, which is not read here"),
+     ({f"lora_unet_{flat(TO_Q)}.a1.weight": (64, 2)}, "is GLoRA, which is not read here"),
      ({"bundle_emb.x.string_to_param.*": (1, 8)}, "is a LoRA with embeddings"),
      ({f"lora_unet_{flat(TO_Q)}.diff_b": (64,)}, "full differences"), ({"something.else": (1,)}, "something.else"),
      ({f"lora_unet_{flat(CONV)}.lora_up.weight": (64, 2, 1, 1)}, f"other half of lora_unet_{flat(CONV)}.lora_up"),

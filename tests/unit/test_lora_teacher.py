@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from pathlib import Path
 
@@ -93,9 +95,31 @@ def test_a_lora_and_a_checkpoint_are_merged(folder, tmp_path, capsys):
     assert checkpoint.style_info[1]["sha256"] == sources.teachers[1].sha256()
 
 
+def test_evaluate_takes_loras(folder, tmp_path, capsys):
+    """With the strength of the file's recipe, or another one; each of another weight, so of another distance."""
+    from dmm_core.commands import evaluate
+    from dmm_core.run import prepare
+
+    merge = prepare(recipe(folder, tmp_path / "m.safetensors", strength=0.5))
+    for _ in merge.steps():
+        pass
+    file, lora = merge.save(), folder / "ink lora.safetensors"
+    line = [str(file), "--base", str(folder / "teacher 0.safetensors"), "--teacher"]
+    line += [str(folder / "teacher 1.safetensors"), str(lora)]
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    told = [evaluate.opened_teachers(parser.parse_args([*line[:-1], text]))[1] for text in (str(lora), f"{lora}=0.9")]
+    assert [teacher.strength for teacher in told] == [0.5, 0.9]
+    size = ["--images", "4", "--steps", "1", "--cfg", "1", "--out", str(tmp_path / "report"), "--json"]
+    assert main(["evaluate", *line, *size]) == 0
+    assert json.loads(capsys.readouterr().out)["styles"] == ["teacher 1", "ink lora"]
+    assert main(["evaluate", line[0], *line[3:], *size]) == 2
+    assert "ink lora.safetensors: is a LoRA, which teaches on top of a base" in capsys.readouterr().err
+
+
 def test_what_is_refused(folder, tmp_path):
     out = tmp_path / "m.safetensors"
-    with pytest.raises(BadInput, match=r"ink lora.*on top of a base.*Give the recipe a base"):
+    with pytest.raises(BadInput, match=r"ink lora.*on top of a base.*Give a base"):
         open_sources(recipe(folder, out, base=False))
     plain = {"path": str(folder / "teacher 0.safetensors"), "strength": 0.5}
     data = {"teachers": [str(folder / "teacher 1.safetensors"), plain], "out": str(out)}

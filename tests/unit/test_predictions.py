@@ -134,7 +134,7 @@ def test_a_merge_of_all_kinds(files, tmp_path):
     from dmm_core.run import prepare
 
     pools = prepare(made).distillation.data.pools
-    assert len(pools) == 4 and all(torch.isfinite(pool.latents).all() for pool in pools)
+    assert len(pools) == 4 and all(torch.isfinite(pool.latents).all() for (pool,) in pools)
     assert not torch.equal(pools[0].latents, pools[1].latents)  # each samples by its own schedule
 
 

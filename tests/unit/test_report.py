@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dmm_core.report import Grids, MixStrip, StyleGrid, draw_matrices, draw_mix, draw_styles, write_json, write_report
+from dmm_core.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, axis, mixing_chart, points
 from dmm_core.report.draw import RAMP, cell_side, font_for, ramp_color, shorten, text_width, wrap
 from dmm_core.report.page import duration
 from dmm_core.report.pictures import short_number
@@ -93,6 +94,23 @@ def test_page_is_whole_and_loads_nothing(tmp_path):
     assert "prefers-color-scheme: dark" in html and "width=device-width" in html
     for told in ("1.25", "± 0.07", "72 %", "35.80", "2 of 2", "21 min 27 s", "9,600", "abc123", "MobileNetV2-96"):
         assert told in html, told
+
+
+def test_curves_of_a_mix():
+    """Corners by hand: from the left margin to the right one, 0 at the bottom and the axis' last number at the top."""
+    assert axis(10.3) == [0, 2.5, 5, 7.5, 10, 12.5] and axis(4) == [0, 1, 2, 3, 4]
+    for largest in (0.003, 0.71, 2.4, 9.99, 47, 1e5):
+        ticks = axis(largest)
+        assert ticks[-2] < largest <= ticks[-1] and 3 <= len(ticks) <= 6
+    x = (LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT)
+    y = (HEIGHT - BOTTOM, (HEIGHT - BOTTOM + TOP) / 2, TOP)
+    assert points([0, 0.5, 1], [0, 4, 8], 8.0) == " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    way = {"to_first": [0, 4.0, 8.0], "to_second": [8.0, 4.0, 0], "monotone": True, "against": 0}
+    mixing = {"first": NASTY, "second": "b&w", "amounts": [0, 0.5, 1], "student": way, "average": None}
+    html = mixing_chart(mixing)
+    assert check(html).tags == {"figure", "svg", "polyline", "line", "text", "figcaption", "span"}
+    assert points([0, 0.5, 1], [8, 4, 0], 8.0) in html and "student to b&amp;w" in html and "average" not in html
+    assert 'class="average second"' in mixing_chart(mixing | {"average": way})
 
 
 def test_page_escapes_everything(tmp_path):

@@ -64,5 +64,5 @@ def test_a_merge_puts_them_into_its_file(tmp_path):
     assert shown[0].shape == shown[1].shape == (64, 64, 3)
     assert not np.array_equal(*shown), "each teacher's own"
     assert not any("thumbnail" in entry for entry in merge.style_info()), "the report shows whole pictures"
-    merge.distillation.data.pools = [Pool(torch.zeros(1, 4, 8, 8), torch.zeros(1))]  # pictures of no teacher's
+    merge.distillation.data.pools = [(Pool(torch.zeros(1, 4, 8, 8), torch.zeros(1)),)]  # pictures of no teacher's
     assert not any("thumbnail" in entry for entry in merge.shown_styles())

@@ -13,7 +13,7 @@ from tests.hosts.comfyui.harness import ROOT, host_paths
 pytestmark = pytest.mark.hosts
 
 
-FILES = ("inside_styles.py", "inside_models.py", "inside_running.py")
+FILES = ("inside_styles.py", "inside_models.py", "inside_running.py", "inside_adapters.py")
 
 
 def test_laws_inside_comfyui():

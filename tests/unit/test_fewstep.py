@@ -1,0 +1,146 @@
+"""Students for few steps: the loss, the guidance that becomes theirs, the stage, sampling, what the file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmm_core.checkpoint import open_checkpoint
+from dmm_core.cli import main
+from dmm_core.diffusion import TIMESTEPS, add_noise, alphas_cumprod
+from dmm_core.errors import RecipeError
+from dmm_core.fewstep import SKIP, consistency_loss, guided
+from dmm_core.models import load_pipeline
+from dmm_core.recipe import recipe_from_dict
+from dmm_core.run import prepare
+from dmm_core.sample import initial_noise, sample_latents
+from dmm_core.stages import stage_recipe
+from tests.unit.merges import SMALL, TRAIN, after, built, furthest, tiny_teachers
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> list[Path]:
+    return tiny_teachers(tmp_path_factory.mktemp("teachers"), 2)
+
+
+def towards(point: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """ε that leads from x_t to one point, whatever x_t and t."""
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1)
+    return (x_t - a.sqrt() * point) / (1 - a).sqrt()
+
+
+def noised(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    point, noise = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(4, 4, 8, 8, generator=rng)
+    t = torch.tensor([5, SKIP, 500, TIMESTEPS - 1])
+    return point, add_noise(point.expand(4, -1, -1, -1), noise, t), t
+
+
+def test_no_loss_where_every_step_leads_to_the_same_end():
+    """A teacher whose path is straight, and a student that says its end from everywhere."""
+    point, x_t, t = noised()
+    eps = towards(point, x_t, t)
+    loss = consistency_loss(lambda x, at: towards(point, x, at), x_t, t, eps, eps, "epsilon")
+    assert loss.shape == (4,) and loss.max() < 1e-4
+
+
+def test_the_loss_is_the_distance_to_what_is_said_one_step_further():
+    """At x_{t-20} the student says another point; below 20 the teacher's own end counts."""
+    point, x_t, t = noised()
+    eps = towards(point, x_t, t)
+    loss = consistency_loss(lambda x, at: towards(point + 0.3, x, at), x_t, t, eps, eps, "epsilon")
+    assert torch.allclose(loss[1:], torch.full((3,), 0.3), atol=2e-3) and loss[0] < 1e-4
+
+
+def test_the_student_is_asked_on_the_teachers_path_without_gradient():
+    point, x_t, t = noised()
+    eps, asked = towards(point, x_t, t), []
+
+    def ask(x, at):
+        asked.append((x, at, torch.is_grad_enabled()))
+        return towards(point, x, at)
+
+    consistency_loss(ask, x_t, t, eps, eps, "epsilon")
+    ((x, at, graded),) = asked
+    assert at.tolist() == [0, 0, 500 - SKIP, TIMESTEPS - 1 - SKIP] and not graded
+    assert torch.allclose(towards(point, x, at)[1:], eps[1:], atol=1e-3), "the same ε, less of it"
+
+
+def test_guidance(tmp_path, teachers):
+    made = built(tmp_path / "o.safetensors", teachers)
+    batch = made.data.draw(1, 3, torch.Generator().manual_seed(1))
+    nothing = len(made.data.prompts) - 1
+    empty = torch.full_like(batch.prompt, nothing)
+    cond, uncond = (made.teachers.predict(1, batch.x_t, batch.t, which)[0] for which in (batch.prompt, empty))
+    told = guided(made.teachers, batch, batch.x_t, batch.t, nothing, 3.0)
+    assert torch.allclose(told, uncond + 3 * (cond - uncond), atol=1e-4)
+    assert torch.equal(guided(made.teachers, batch, batch.x_t, batch.t, nothing, 1.0), cond)
+
+
+def test_training_makes_the_student_more_consistent(tmp_path, teachers):
+    made = built(tmp_path / "o.safetensors", teachers, few_step=2.0, steps=40, lr=1e-3)
+    losses = [result.loss for result in made.run()]
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+def test_exact_resume(tmp_path, teachers):
+    through = after(built(tmp_path / "a.safetensors", teachers, few_step=2.0), 4)
+    first = built(tmp_path / "b.safetensors", teachers, few_step=2.0)
+    after(first, 2)
+    first.save_state(tmp_path / "state.safetensors")
+    second = built(tmp_path / "b.safetensors", teachers, few_step=2.0)
+    second.load_state(tmp_path / "state.safetensors")
+    assert furthest(through, after(second, 2)) == 0
+
+
+def recipe(out: Path, teachers: list[Path], **data):
+    spec = {"teachers": [str(path) for path in teachers], "out": str(out), "data": SMALL | data}
+    return recipe_from_dict(spec | {"stages": ["distil", "few_step"], "train": TRAIN | {"steps": 4, "save_every": 0}})
+
+
+def test_the_stage(tmp_path, teachers):
+    """Half of the steps, on the same latents, with the guidance that these were drawn with."""
+    first, second = (stage_recipe(recipe(tmp_path / "o.safetensors", teachers, cfg_scale=3.0), i) for i in (0, 1))
+    assert (first.train.few_step, first.train.steps) == (0, 4)
+    assert (second.train.few_step, second.train.steps) == (3.0, 2)
+    assert first.work == second.work
+
+
+def test_features_have_no_place_in_it(tmp_path, teachers):
+    with pytest.raises(RecipeError, match=r"train\.feature"):
+        built(tmp_path / "o.safetensors", teachers, few_step=2.0, feature=0.1)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teachers) -> Path:
+    merge = prepare(recipe(tmp_path_factory.mktemp("student") / "few.safetensors", teachers))
+    for _ in merge.steps():
+        pass
+    return merge.save()
+
+
+def test_the_file_says_so_and_is_drawn_so(tmp_path, student, capsys):
+    assert open_checkpoint(student).few_step == 1.0 and load_pipeline(student).few_step == 1.0
+    assert main(["generate", str(student), "--prompt", "a", "--out", str(tmp_path / "p.png"), "--json"]) == 0
+    assert '"steps": 4' in (said := capsys.readouterr().out) and '"cfg": 1.0' in said
+
+
+def test_a_picture_does_not_depend_on_the_others(student):
+    pipe = load_pipeline(student)
+    from dmm_core.conditioning import encode_prompts
+
+    context, noise = encode_prompts(pipe.text_encoders, ["a", "b", "c"]), initial_noise([1, 2, 3])
+    style = pipe.codebook.default_style()
+    together = sample_latents(pipe.unet, context, noise, steps=3, style=style, few_step=True)
+    alone = sample_latents(pipe.unet, context[1:2], noise[1:2], steps=3, style=style, few_step=True)
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+    assert not torch.allclose(together, sample_latents(pipe.unet, context, noise, steps=3, style=style), atol=0.1)
+
+
+def test_an_evaluation_draws_the_student_in_few_steps(tmp_path, student, teachers, capsys):
+    line = ["evaluate", str(student), "--teacher", *map(str, teachers), "--images", "4", "--steps", "2"]
+    assert main([*line, "--few-steps", "3", "--out", str(tmp_path / "e"), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert "LCM in 3 steps" in said and (tmp_path / "e" / "report.html").exists()
