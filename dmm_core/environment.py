@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -54,6 +55,13 @@ def training_python() -> Training:
         raise NotInstalled("what training needs is not installed", hint=f"Run: {sys.executable} {script} --train")
     found = json.loads(told.stdout)
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
+
+
+def own_python() -> Training:
+    """This Python where it can train itself, as in what ``install.py --demo`` made; else as ``training_python``."""
+    if not os.environ.get(VARIABLE) and all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):
+        return Training(Path(sys.executable))
+    return training_python()
 
 
 def install(say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Training:

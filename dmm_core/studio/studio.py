@@ -53,15 +53,18 @@ class Studio:
         self.host = host or Host()
         self.desk = Desk(self.host)
         self.plans: dict[str, dict[str, Any]] = {}  # recipe → what a trial found
+        self._ready = False
 
     # ---------------------------------------------------------------- training
 
     def ready(self) -> bool:
-        """Whether there is an environment to train in."""
-        try:
-            self.host.training()
-        except BadInput:
-            return False
+        """Whether there is an environment to train in; once it is there it is not looked for again."""
+        if not self._ready:
+            try:
+                self.host.training()
+            except BadInput:
+                return False
+            self._ready = True
         return True
 
     def install(self) -> Activity:
