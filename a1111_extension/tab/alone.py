@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,12 @@ def page(studio: Studio) -> tuple[Any, dict[str, Any]]:
     looks = {
         "css": shipped("style.css"),
         "head": f"<script>{shipped('javascript/dmm_tab.js')}</script>",
-        "theme": gr.themes.Soft(primary_hue="indigo", neutral_hue="slate"),
-    }
+        # fonts of the system: others would be fetched from elsewhere
+        "theme": gr.themes.Default(
+            primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+    }  # fmt: skip
     launched = set(inspect.signature(gr.Blocks.launch).parameters)
     late = {key: value for key, value in looks.items() if key in launched}
     early = {key: value for key, value in looks.items() if key not in launched}
@@ -65,7 +71,12 @@ def page(studio: Studio) -> tuple[Any, dict[str, Any]]:
 
 
 def serve(models: Path, host: str, port: int | None, browser: bool, ready: Any) -> None:
-    """Until Ctrl-C; a merge that is running is saved first. ``ready`` gets the address."""
+    """Until Ctrl-C, or a service's polite end; a merge that is running is saved first. ``ready`` gets the address."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
     studio = Studio(folders(models), Alone())
     blocks, options = page(studio)
     try:
@@ -74,7 +85,8 @@ def serve(models: Path, host: str, port: int | None, browser: bool, ready: Any) 
             **options,
         )  # fmt: skip
         ready(address)
-        blocks.block_thread()
+        while blocks.is_running:
+            time.sleep(0.2)
     finally:
         studio.desk.close()
         blocks.close(verbose=False)
