@@ -9,6 +9,8 @@ import gradio as gr
 
 from dmm_core.studio.studio import Studio
 
+from .events import MAJOR
+
 CHECKPOINTS, LORAS, STUDENTS, MODELS, UNFINISHED = "checkpoints", "LoRAs", "DMM files", "models", "unfinished"
 
 
@@ -36,7 +38,8 @@ class Lists:
         choices = self.of[kind]()
         if not options.get("multiselect") and kind in (CHECKPOINTS, UNFINISHED):
             choices = ["", *choices]  # none of them
-        made = gr.Dropdown(choices, allow_custom_value=True, **options)
+        custom = MAJOR >= 4 or not options.get("multiselect")  # 3.41 knows no more, and checks no choice either
+        made = gr.Dropdown(choices, allow_custom_value=custom, **options)
         self.made.append((made, kind))
         return made
 
