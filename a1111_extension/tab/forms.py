@@ -48,10 +48,10 @@ def build(studio: Studio, lists: Lists, extend: bool) -> None:
         fields["replace"] = gr.Checkbox(
             False, label="Replace a merge of this name that has other settings", elem_id=f"dmm_{where}_replace"
         )
+    told = gr.HTML("", elem_id=f"dmm_{where}_told")
     with gr.Row(elem_classes="dmm-buttons"):
         plan = gr.Button("Plan", elem_id=f"dmm_{where}_plan")
         start = gr.Button("Extend" if extend else "Merge", variant="primary", elem_id=f"dmm_{where}_start")
-    told = gr.HTML("", elem_id=f"dmm_{where}_told")
     inputs = [fields[name] for name in FIELDS]
 
     def begin(how: Any) -> Any:

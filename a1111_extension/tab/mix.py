@@ -38,10 +38,10 @@ def build(studio: Studio, lists: Lists, mailbox: Mailbox) -> None:
         shuffle = gr.Button("Random mix", size="sm", elem_id="dmm_mix_random")
         normalise = gr.Checkbox(True, label="Normalise", elem_id="dmm_mix_normalise", container=False)
     kind = gr.Radio([STYLE, CHECKPOINT], value=STYLE, label="Write", elem_id="dmm_mix_kind")
+    told = gr.HTML("", elem_id="dmm_mix_told")
     with gr.Row(elem_classes="dmm-unfinished"):
         name = gr.Textbox("", label="Name", placeholder="my-mix", max_lines=1, elem_id="dmm_mix_name")
         write = gr.Button("Export", variant="primary", elem_id="dmm_mix_export", scale=0, min_width=120)
-    told = gr.HTML("", elem_id="dmm_mix_told")
     names = gr.Textbox("", visible=False, elem_id="dmm_mix_names")
     receive = gr.Button("Receive", elem_id="dmm_receive", elem_classes="dmm-hidden")
     filled = [status, *rows, *thumbnails, *weights, more, names]

@@ -49,7 +49,7 @@ def press(host, elem_id: str, *values: Any, event: str = "click") -> list[Any]:
         found = [fn.fn for fn in host.page.fns.values() if (wanted, event) in fn.targets]
     else:
         pairs = zip(host.page.dependencies, host.page.fns, strict=True)
-        found = [fn.fn for dep, fn in pairs if [wanted, event] in [list(target) for target in dep["targets"]]]
+        found = [fn.fn for dep, fn in pairs if wanted in dep["targets"] and dep["trigger"] == event]
     told = found[0](*values)
     return list(told) if isinstance(told, (list, tuple)) else [told]
 
@@ -98,7 +98,7 @@ def test_memory_is_lent_and_given_back(host, tab, profile):
     if host.memory:
         host.memory.calls.clear()
     activity = tab.STUDIO.desk.begin("Merges x", work)
-    tab.STUDIO.desk.wait(60)
+    tab.STUDIO.desk.wait(600)
     assert activity.state == "done", activity.line
     model = host.shared.sd_model
     if profile == "a1111":
@@ -113,7 +113,7 @@ def test_model_comes_back_after_a_failure(host, tab, profile):
         raise RuntimeError("CUDA error")
 
     activity = tab.STUDIO.desk.begin("Merges x", work)
-    tab.STUDIO.desk.wait(60)
+    tab.STUDIO.desk.wait(600)
     assert activity.state == "failed" and "CUDA error" in activity.line
     if profile == "a1111":
         assert host.sd_models.moves[-2:] == [("device", host.shared.sd_model), "list"]
