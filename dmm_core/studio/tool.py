@@ -40,12 +40,13 @@ def run(training: Training, arguments: list[str], say: Say, stop: Callable[[], b
         raise BadInput(f"cannot be started ({error.strerror})", training.python) from error
     answer: list[str] = []
     lines: list[str] = []
-    readers = [
-        threading.Thread(target=_read, args=(process.stdout, answer.append), daemon=True),
-        threading.Thread(
-            target=_read, args=(process.stderr, lambda line: (lines.append(line), say(line))), daemon=True
-        ),
-    ]
+
+    def note(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    takes = ((process.stdout, answer.append), (process.stderr, note))
+    readers = [threading.Thread(target=_read, args=both, daemon=True) for both in takes]
     for reader in readers:
         reader.start()
     while process.poll() is None:
@@ -59,7 +60,7 @@ def run(training: Training, arguments: list[str], say: Say, stop: Callable[[], b
     return _answer(process.returncode, "\n".join(answer), lines)
 
 
-def _read(stream: Any, take: Callable[[str], Any]) -> None:
+def _read(stream: Any, take: Say) -> None:
     for line in stream:
         if line.strip():
             take(line.strip())
