@@ -188,7 +188,7 @@ def test_merge_cancel_resume(page, models):
     page.page.wait_for_selector("#dmm_preview img", timeout=5 * MINUTES)
     told = page.text("dmm_card")
     assert "ink" in told and "clay" in told and "Plan" in told
-    page.shot("merge")
+    page.shot("running")
     page.press("dmm_cancel")
     told = page.wait("dmm_card", r"Stopped at step \d+ of 60\. Resume it to go on from there\.")
     assert not (models / "checkpoints" / "two styles.safetensors").exists()
@@ -246,7 +246,7 @@ def test_contact_sheet(page):
     assert pictures.count() == 3
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 200 for i in range(3))
     page.page.locator("#dmm_gallery").scroll_into_view_if_needed()
-    page.shot("evaluate")
+    page.shot("sheet")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -181,6 +182,15 @@ def test_panel_sends_its_sliders(host, tab):
     bad = press(host, "dmm_mix_export", "dmm.safetensors", shown, "", True, "", "x", *none)
     assert "dmm-bad" in bad[0] and "sum" in bad[0]
     assert all(not update.get("value") for update in press(host, "dmm_receive")), "taken once"
+
+
+def test_full_disk_is_a_sentence(host, tab, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device", "mine.safetensors")
+
+    monkeypatch.setattr(tab.STUDIO, "export", full)
+    given = ("dmm.safetensors", '["ink"]', "", True, "", "mine", *[1.0] * host.args.SLIDERS)
+    assert "mine.safetensors: No space left on device." in press(host, "dmm_mix_export", *given)[0]
 
 
 def test_merge_to_its_end(host, tab, profile):
