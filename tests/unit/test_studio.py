@@ -12,8 +12,10 @@ import torch
 
 from dmm_core import environment
 from dmm_core.checkpoint import open_checkpoint
+from dmm_core.cli import Reporter, build_parser, jsonable
 from dmm_core.environment import NotInstalled, Training
 from dmm_core.errors import BadInput
+from dmm_core.studio import tool
 from dmm_core.studio.desk import Host
 from dmm_core.studio.folders import Folders
 from dmm_core.studio.studio import Studio, Wanted
@@ -62,6 +64,17 @@ def folders(tmp_path) -> Folders:
 @pytest.fixture
 def studio(folders) -> Studio:
     return Studio(folders, Recording())
+
+
+@pytest.fixture
+def planned_here(monkeypatch):
+    """Plans in this process: another one would load diffusers anew, which takes seconds."""
+
+    def run(training, arguments, say, stop):
+        args = build_parser().parse_args([*arguments, "--json"])
+        return jsonable(args.run(args, Reporter(True)))
+
+    monkeypatch.setattr(tool, "run", run)
 
 
 def wanted(name: str = "mixed", **more) -> Wanted:
@@ -154,7 +167,7 @@ def test_merge_cancel_resume(studio, folders):
     assert again.state == "stopped" and not studio.desk.cancel()
 
 
-def test_merge_extend_and_what_lies_there(studio, folders):
+def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
     activity = studio.merge(wanted(prompts="a cat\na dog"))
     studio.desk.wait(600)
     assert activity.state == "done" and activity.line == "Done: mixed.safetensors.", activity.line
@@ -199,7 +212,7 @@ def test_deleted_between_choice_and_start(studio, folders):
         studio.merge(wanted())
 
 
-def test_files_that_do_not_fit_end_in_a_sentence(studio, folders):
+def test_files_that_do_not_fit_end_in_a_sentence(studio, folders, planned_here):
     path = folders.checkpoint("sub/b.safetensors")
     path.write_bytes(path.read_bytes()[:5000])
     activity = studio.merge(wanted())
@@ -222,6 +235,23 @@ def test_resume_stays_inside(studio, folders, tmp_path):
     for name in ("../evil", "", None, "unknown"):
         with pytest.raises(BadInput, match="no unfinished merge"):
             studio.resume(name)
+
+
+# ---------------------------------------------------------------- commands as children
+
+
+def test_a_command_answers_refuses_and_stops(folders, tmp_path):
+    here, said = Training(Path(sys.executable)), []
+    found = tool.run(here, ["inspect", str(folders.checkpoint("a.safetensors"))], said.append, lambda: False)
+    assert found["kind"] == "checkpoint" and found["parameters"]["all"] > 0
+    with pytest.raises(BadInput, match=r"gone\.safetensors: there is no such file"):
+        tool.run(here, ["inspect", str(tmp_path / "gone.safetensors")], said.append, lambda: False)
+    began = time.monotonic()
+    with pytest.raises(tool.Stopped):
+        tool.run(here, ["inspect", str(folders.checkpoint("a.safetensors"))], said.append, lambda: True)
+    assert time.monotonic() - began < 60
+    with pytest.raises(BadInput, match="cannot be started"):
+        tool.run(Training(tmp_path / "no python"), ["inspect", "x"], said.append, lambda: False)
 
 
 # ---------------------------------------------------------------- training's environment
