@@ -3,6 +3,7 @@
 Without arguments, as ComfyUI and the webuis call it, it changes nothing: inference needs only what they already have.
 
     python install.py --demo [ARGS]   make .venv-dmm beside this file, then run ``dmm demo ARGS`` in it
+    python install.py --ui [ARGS]     the same with gradio, then run ``dmm ui ARGS``: all this as a web page
     python install.py --test [ARGS]   the same, then run ``pytest ARGS``
     python install.py --train         make what hosts train with: .venv-train over this Python's packages
 
@@ -30,7 +31,7 @@ FOLDER = ROOT / ".train-packages"  # the same where Python cannot make virtual e
 STAMP = "dmm-install.stamp"  # in an environment: what was installed to the end
 PYTHON = (3, 10)  # as pyproject.toml says
 OLDEST_TORCH = (2, 4)  # older ones do not go with transformers
-EXTRAS = {"--demo": ("train",), "--test": ("train", "dev"), "--train": ("train",)}
+EXTRAS = {"--demo": ("train",), "--ui": ("train", "ui"), "--test": ("train", "dev"), "--train": ("train",)}
 # With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
 ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "pytest", "ruff", "mypy"}
 
@@ -261,7 +262,7 @@ def start(action: str, arguments: list[str]) -> int:
         return run([python, "-m", "pytest", "-n", cores, "--dist", "loadfile"], cwd=ROOT, env=here)
     if action == "--test":
         return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
-    return run([python, "-m", "dmm_core", "demo", *arguments], env=here)
+    return run([python, "-m", "dmm_core", action.removeprefix("--"), *arguments], env=here)
 
 
 def main(arguments: list[str]) -> int:
@@ -273,7 +274,8 @@ def main(arguments: list[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     raise SetupError(
-        f"there is no option {arguments[0]}. The options are --demo, --test and --train, each before its arguments."
+        f"there is no option {arguments[0]}. The options are --demo, --ui, --test and --train, each before its "
+        "arguments."
     )
 
 

@@ -9,6 +9,7 @@ from modules import script_callbacks, scripts
 from . import infotext, tag, ui, xyz
 from .hook import LIVE
 from .session import SESSION, step
+from .tab import webui
 
 
 class DMMScript(scripts.Script):
@@ -22,6 +23,9 @@ class DMMScript(scripts.Script):
         controls, self.infotext_fields, _ = ui.build(self.elem_id)
         self.paste_field_names = list(infotext.KEYS)
         return controls
+
+    def before_process(self, p: Any, *values: Any) -> None:
+        webui.HOST.bring_back()  # a merge may have the GPU; who draws meanwhile shares it
 
     def process(self, p: Any, *values: Any) -> None:
         """After the checkpoint is settled, before prompts are parsed."""
@@ -46,6 +50,7 @@ def _before_ui() -> None:
 def register() -> None:
     """At every (re)load of scripts: the webui has forgotten all callbacks by then (``load_scripts``)."""
     script_callbacks.on_before_ui(_before_ui)
+    webui.register()
     script_callbacks.on_cfg_denoiser(step)
     script_callbacks.on_model_loaded(lambda sd_model: LIVE.hide())  # the next sampling hooks what it finds
     script_callbacks.on_script_unloaded(LIVE.end)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,11 @@ from modules.ui_components import InputAccordion
 
 from dmm_core.schedule import MODES
 
-from . import checkpoint, infotext
+from . import checkpoint, infotext, sliders
 from .args import CONTROLS, DEFAULT, PASSES, SLIDERS, read_names
 from .styles import Book
+from .tab import webui
+from .tab.events import OPEN_MIX, on
 
 TITLE = "DMM styles"
 HINT = "a name, or a mix such as ink=0.7, clay=0.3"
@@ -47,11 +48,12 @@ def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any
     """The controls in the order of ``args.CONTROLS``, sliders, names; what a pasted infotext fills; and the panel."""
     with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
         status = gr.HTML(value="", elem_id=elem_id("status"), elem_classes="dmm-status")
-        rows, thumbnails, sliders = _sliders(elem_id)
+        rows, thumbnails, weights = sliders.rows("DMM style", elem_id)
         with gr.Row(elem_classes="dmm-buttons"):
             refresh = gr.Button("Refresh", elem_id=elem_id("refresh"), size="sm")
             reset = gr.Button("Reset", elem_id=elem_id("reset"), size="sm")
             mix = gr.Button("Random mix", elem_id=elem_id("random"), size="sm")
+            send = gr.Button("Send to tab", elem_id=elem_id("send"), size="sm")
         with gr.Row():
             normalise = gr.Checkbox(True, label="DMM normalise", elem_id=elem_id("normalise"))
             apply_to = gr.Radio(list(PASSES), value="both", label="DMM pass", elem_id=elem_id("apply_to"))
@@ -69,22 +71,12 @@ def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any
                 elem_id=elem_id("batch"),
             )
         names = gr.Textbox("", label="DMM slider names", visible=False, elem_id=elem_id("names"))
-    panel = Panel(status, rows, thumbnails, sliders, negative, to, names)
+    panel = Panel(status, rows, thumbnails, weights, negative, to, names)
     _connect(panel, enabled, refresh, reset, mix)
+    # the weights wait at the server until the tab, now in front, takes them
+    on(on(send.click, webui.send, [names, normalise, *weights]).then, None, js=OPEN_MIX)
     fixed = [enabled, normalise, apply_to, negative, to, start, end, mode, batch]
-    return [*fixed, *sliders, names], _paste_fields(fixed, panel), panel
-
-
-def _sliders(elem_id: Callable[[str], str]) -> tuple[list[Any], list[Any], list[Any]]:
-    rows, thumbnails, sliders = [], [], []
-    for i in range(SLIDERS):
-        with gr.Row(visible=False, elem_classes="dmm-style") as row:
-            thumbnails.append(gr.HTML("", elem_classes="dmm-thumbnail"))
-            sliders.append(
-                gr.Slider(-1.0, 2.0, value=0.0, step=0.01, label=f"DMM style {i + 1}", elem_id=elem_id(f"w{i}"))
-            )
-        rows.append(row)
-    return rows, thumbnails, sliders
+    return [*fixed, *weights, names], _paste_fields(fixed, panel), panel
 
 
 def _choice(label: str, name: str, elem_id: Callable[[str], str]) -> Any:
@@ -122,10 +114,11 @@ def fill(shown: str) -> list[Any]:
     told = f"{book.path.name}: {len(book.names)} styles."
     if len(book.names) > SLIDERS:
         told += f" The last {len(book.names) - SLIDERS} have no slider; give them by name."
-    values = [_default(book, name) for name in names] if fresh else None
+    values = [sliders.default(book, name) for name in names] if fresh else None
     choices = gr.update(choices=["", DEFAULT, *book.names])
     return [
-        gr.update(value=_line(told)), *_shown(len(names)), *_pictures(names), *_labelled(names, values),
+        gr.update(value=_line(told)), *sliders.shown(len(names)), *sliders.pictures(names, book),
+        *sliders.labelled(names, values),
         choices, choices, gr.update(value=json.dumps(names, ensure_ascii=False)),
     ]  # fmt: skip
 
@@ -133,48 +126,19 @@ def fill(shown: str) -> list[Any]:
 def relabel(shown: str) -> list[Any]:
     """Updates of rows, thumbnails and sliders: a pasted infotext has brought names with it."""
     names = read_names(shown)
-    return [*_shown(len(names)), *_pictures(names), *_labelled(names, None)]
-
-
-def _pictures(names: tuple[str, ...]) -> list[Any]:
-    """Updates of the thumbnails, for what the loaded checkpoint has of these styles."""
-    book = checkpoint.current()
-    known = dict(zip(book.names, book.thumbnails, strict=True)) if isinstance(book, Book) else {}
-    return [gr.update(value=_picture(known.get(name, ""))) for name in (*names, *[""] * SLIDERS)[:SLIDERS]]
-
-
-def _default(book: Book, name: str) -> float:
-    """A weight of the default style, short enough to show; normalised it is exact."""
-    return round(book.codebook.default.get(name, 0.0), 4)
-
-
-def _shown(count: int) -> list[Any]:
-    return [gr.update(visible=i < count) for i in range(SLIDERS)]
-
-
-def _labelled(names: tuple[str, ...], values: Any) -> list[Any]:
-    """Updates of the sliders; those without a style go to 0, which the session takes no notice of."""
-    made = []
-    for i in range(SLIDERS):
-        label = {"label": names[i]} if i < len(names) else {}
-        value = {} if values is None else {"value": values[i] if i < len(values) else 0.0}
-        made.append(gr.update(**label, **value))
-    return made
+    return [
+        *sliders.shown(len(names)), *sliders.pictures(names, checkpoint.current()), *sliders.labelled(names, None),
+    ]  # fmt: skip
 
 
 def defaults(shown: str) -> list[Any]:
     """The default style's weights."""
     book = checkpoint.current()
-    names = read_names(shown)
-    values = [_default(book, name) if isinstance(book, Book) else 0.0 for name in names]
-    return [gr.update(value=value) for value in values] + [gr.update(value=0.0)] * (SLIDERS - len(values))
+    return sliders.moved([sliders.default(book, n) if isinstance(book, Book) else 0.0 for n in read_names(shown)])
 
 
 def random_mix(shown: str) -> list[Any]:
-    """Weights that sum to 1, spread evenly over all mixes of these styles."""
-    parts = [random.expovariate(1.0) for _ in read_names(shown)]
-    values = [round(part / sum(parts), 2) for part in parts]
-    return [gr.update(value=value) for value in values] + [gr.update(value=0.0)] * (SLIDERS - len(values))
+    return sliders.moved(sliders.random_mix(len(read_names(shown))))
 
 
 def _paste_fields(fixed: list[Any], panel: Panel) -> list[tuple[Any, Any]]:
@@ -216,8 +180,3 @@ def _paste_fields(fixed: list[Any], panel: Panel) -> list[tuple[Any, Any]]:
 
 def _line(text: str) -> str:
     return f"<span>{html.escape(text)}</span>"
-
-
-def _picture(uri: str) -> str:
-    """A style's picture; only data that is in the file, never an address that the page would fetch."""
-    return f'<img src="{html.escape(uri, quote=True)}" alt="">' if uri.startswith("data:image/") else ""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from io import BytesIO
-from typing import Any
 
 import comfy.model_management as host
 from comfy.utils import ProgressBar
 from PIL import Image
 
 from dmm_core import environment, jobs
+from dmm_core.asked import preview_seconds
 from dmm_core.environment import NotInstalled, Training
 from dmm_core.errors import BadInput
-from dmm_core.progress import duration
+from dmm_core.follow import View
+from dmm_core.outputs import settled
 from dmm_core.recipe import Recipe
-
-from . import merging
 
 SAVES_WITHIN = 600.0  # seconds that a cancelled merge has for its save
 Say = Callable[[str], None]
@@ -31,18 +30,14 @@ def merge(recipe: Recipe, replace: bool, say: Say) -> Image.Image | None:
     Raises:
         BadInput: what is wrong, in one line; InterruptProcessingException: cancelled, all saved.
     """
-    metadata = merging.require_ours(recipe.out)
-    if metadata is not None:
-        if merging.finished(recipe, metadata):
-            say("This merge is finished already.")
-            return None
-        if not replace:
-            raise BadInput("is a merge with other settings", recipe.out, "Choose another name, or turn replace on.")
+    if settled(recipe, replace):
+        say("This merge is finished already.")
+        return None
     training = _training(say)
     host.unload_all_models()
     gc.collect()
     host.soft_empty_cache()
-    job = jobs.start(recipe, replace, 60.0 if recipe.preset != "mini" else 5.0, training)
+    job = jobs.start(recipe, replace, preview_seconds(recipe), training)
     return _follow(job, say)
 
 
@@ -75,12 +70,12 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
     except BaseException as stop:  # a cancel, or the end of ComfyUI
         say("Stopping: what was learnt is saved first.")
         saved = job.finish(SAVES_WITHIN)
-        step = job.last.about["step"] if job.last is not None and job.last.kind == "stopped" else shown.step
-        at = f"at step {step} of {shown.total}" if shown.total else "before the first step"
-        kept = "Run it again to go on from there." if saved else "It goes on from its last save when it is run again."
+        if job.last is not None:
+            shown.view.take(job.last)
         if isinstance(stop, host.InterruptProcessingException):
-            say(f"Stopped {at}. {kept}")
-            log.info("DMM: the merge was stopped %s. %s", at, kept)
+            told = shown.view.ended(saved, "Run it again")
+            say(told)
+            log.info("DMM: the merge was %s", told[0].lower() + told[1:])
         raise
     try:
         job.require_success()
@@ -97,32 +92,27 @@ class Shown:
     """A job's events as the node shows them: bar, text, picture."""
 
     def __init__(self, say: Say) -> None:
-        self.say, self.bar = say, ProgressBar(1)
-        self.step = self.total = 0
+        self.say, self.bar, self.view = say, ProgressBar(1), View()
         self.picture: Image.Image | None = None
 
     def __call__(self, event: jobs.Event) -> None:
-        about = event.about
-        if event.kind == "started" and about["resumed"]:
+        view, before = self.view, self.view.step
+        view.take(event)
+        if event.kind == "started" and view.resumed:
             log.info("DMM: goes on with the merge that was stopped")
         elif event.kind == "stage":
-            part = f": {about['done']} of {about['total']}" if about["total"] else ""
-            self.say(f"{about['what']}{part}")
-            if about["total"]:
-                self.bar.update_absolute(about["done"], about["total"])
+            self.say(view.line())
+            if view.of:
+                self.bar.update_absolute(view.done, view.of)
         elif event.kind == "progress":
-            self._progress(about)
-        elif event.kind == "preview" and event.picture:
-            self.picture = Image.open(BytesIO(event.picture)).convert("RGB")
-            self.bar.update_absolute(about["step"], self.total or None, ("JPEG", self.picture, max(self.picture.size)))
+            if view.step and not before:
+                log.info("DMM: merging, step %d of %d", view.step, view.total)
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in view.losses.items())
+            self.say(view.line() + (f"\nloss: {losses}" if losses else ""))
+            self.bar.update_absolute(view.step, view.total)
+        elif event.kind == "preview" and view.picture:
+            self.picture = Image.open(BytesIO(view.picture)).convert("RGB")
+            at = event.about["step"]
+            self.bar.update_absolute(at, view.total or None, ("JPEG", self.picture, max(self.picture.size)))
         elif event.kind == "warning":
-            log.warning("DMM: %s", about["line"])
-
-    def _progress(self, about: Mapping[str, Any]) -> None:
-        if about["step"] and not self.step:
-            log.info("DMM: merging, step %d of %d", about["step"], about["total"])
-        self.step, self.total = about["step"], about["total"]
-        left = f", {duration(about['seconds_left'])} left" if about["seconds_left"] else ""
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in about["losses"].items())
-        self.say(f"step {self.step} of {self.total}{left}" + (f"\nloss: {losses}" if losses else ""))
-        self.bar.update_absolute(self.step, self.total)
+            log.warning("DMM: %s", view.warnings[-1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,12 @@ from typing import Any
 import comfy.model_management as host
 import folder_paths
 
-from dmm_core import jobs
+from dmm_core.asked import Place, recipe_for
 from dmm_core.checkpoint.errors import MissingFile
-from dmm_core.checkpoint.reader import read_header
 from dmm_core.errors import BadInput
-from dmm_core.files import write_atomically
-from dmm_core.recipe import Recipe, recipe_from_dict
+from dmm_core.outputs import target
+from dmm_core.recipe import Recipe
 from dmm_core.recipe_files import read_file
-
-from . import files
 
 NONE = "none"
 LORA = "lora: "  # before the name of a LoRA in the lists
@@ -47,7 +42,7 @@ def find(name: str) -> Path:
 
 
 def output(name: str) -> Path:
-    return files.target(name, folder_paths.get_folder_paths("checkpoints")[0])
+    return target(name, folder_paths.get_folder_paths("checkpoints")[0])
 
 
 def listed(path: Path) -> str:
@@ -73,60 +68,19 @@ def recipe_of(name: str, teachers: list[Path], base: str, preset: str, prompts: 
             raise BadInput("is no recipe", source, "It begins with keys such as train: and data:.")
         data |= read
         folder = source.absolute().parent
-    if teachers:
-        data["teachers"] = [str(path) for path in teachers]
-    if base != NONE:
-        data["base"] = str(find(base))
-    if not isinstance(data.get("teachers"), list) or len(data["teachers"]) < 2:
-        raise BadInput("a merge needs at least two checkpoints", hint="Choose them in checkpoint_1 and checkpoint_2.")
-    out = output(name)
-    own = Path(folder_paths.get_user_directory()) / "dmm"
-    relative = out.relative_to(folder_paths.get_folder_paths("checkpoints")[0])
-    data |= {"out": str(out), "work": str(own / relative.with_name(out.stem + ".work"))}
-    data["train"] = _on_this_device(data.get("train"))
-    if prompts.strip():
-        text = prompts.strip().encode("utf-8") + b"\n"  # a name by its content: other prompts, another recipe
-        path = own / f"prompts-{hashlib.sha256(text).hexdigest()[:12]}.txt"
-        if not path.exists():
-            write_atomically(path, text)
-        data["data"] = {**(data.get("data") or {}), "prompts": str(path)}
-    return recipe_from_dict(data, folder, source)
+    place = Place(Path(folder_paths.get_folder_paths("checkpoints")[0]), _own(), _device())
+    chosen = find(base) if base != NONE else None
+    return recipe_for(name, place, teachers, data, prompts=prompts, base=chosen, folder=folder, source=source)
 
 
-def _on_this_device(train: Any) -> Any:
-    """ComfyUI's device, unless the recipe names one."""
+def _own() -> Path:
+    return Path(folder_paths.get_user_directory()) / "dmm"
+
+
+def _device() -> str:
+    """ComfyUI's device, where a recipe can name it."""
     device = str(host.get_torch_device())
-    known = device in ("cpu", "mps") or device.startswith(("cuda", "xpu"))
-    return {"device": device, **(train or {})} if known and isinstance(train, Mapping | None) else train
-
-
-def require_ours(out: Path) -> dict[str, str] | None:
-    """The metadata of a merge that lies at the output, None if nothing does.
-
-    Raises:
-        BadInput: the file there is no merge, and would be lost.
-    """
-    if not out.exists():
-        return None
-    try:
-        metadata = read_header(out)[1]
-    except BadInput:
-        metadata = {}
-    if "dmm.format" not in metadata:
-        raise BadInput("exists and is not a merge", out, "Choose another name.")
-    return metadata
-
-
-def finished(recipe: Recipe, metadata: Mapping[str, str]) -> bool:
-    """Whether the file at the output is this very merge: the same recipe, of files that are older."""
-    made = recipe.out.stat().st_mtime_ns
-    inputs = [teacher.path for teacher in recipe.teachers] + ([recipe.base] if recipe.base else [])
-    try:
-        before = jobs.essence(json.loads(metadata["dmm.recipe"]))
-        newer = any(path.stat().st_mtime_ns > made for path in inputs)
-    except (KeyError, ValueError, OSError):
-        return False
-    return not newer and before == jobs.essence(json.loads(json.dumps(recipe.to_dict(names_only=True))))
+    return device if device in ("cpu", "mps") or device.startswith(("cuda", "xpu")) else ""
 
 
 class Made:

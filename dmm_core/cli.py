@@ -28,7 +28,7 @@ from dmm_core import __version__
 from dmm_core.errors import BadInput
 from dmm_core.progress import Progress
 
-COMMANDS = ("demo", "inspect", "plan", "distill", "extend", "merge", "mix", "generate", "evaluate")
+COMMANDS = ("demo", "inspect", "plan", "distill", "extend", "merge", "mix", "generate", "evaluate", "ui")
 INSTALLABLE = {"PIL": "pillow", "yaml": "pyyaml"} | {  # import name → what pip calls it
     name: name for name in ("torch", "safetensors", "diffusers", "transformers", "numpy", "tqdm", "scipy")
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -56,6 +57,13 @@ def training_python() -> Training:
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
+def own_python() -> Training:
+    """This Python where it can train itself, as in what ``install.py --demo`` made; else as ``training_python``."""
+    if not os.environ.get(VARIABLE) and all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):
+        return Training(Path(sys.executable))
+    return training_python()
+
+
 def install(say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Training:
     """Run ``install.py --train`` with this Python; ``say`` gets its lines. Nothing of this Python is changed.
 
@@ -66,19 +74,16 @@ def install(say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
         BadInput: what the script said last, or that it was stopped.
     """
     command = [sys.executable, str(ROOT / "install.py"), "--train"]
-    apart: dict[str, Any] = {"start_new_session": True}  # a group of its own, to be ended together with its pip
-    if sys.platform == "win32":
-        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        errors="replace", env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}, **apart,
+        errors="replace", env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}, **apart(),
     )  # fmt: skip
     lines: list[str] = []
     reader = threading.Thread(target=_tell, args=(process.stdout, lines, say), daemon=True)
     reader.start()
     while process.poll() is None:
         if stop():
-            _end_group(process)
+            end_group(process)
             break
         time.sleep(0.2)
     process.wait()
@@ -95,7 +100,14 @@ def _tell(stream: Any, lines: list[str], say: Callable[[str], None]) -> None:
             say(lines[-1])
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
+def apart() -> dict[str, Any]:
+    """Popen's options for a group of its own, to be ended together with what it starts."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True}
+
+
+def end_group(process: subprocess.Popen[Any]) -> None:
     if sys.platform == "win32":
         process.send_signal(signal.CTRL_BREAK_EVENT)
     else:

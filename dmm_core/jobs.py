@@ -161,24 +161,32 @@ def start(
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "job.json", json.dumps(recipe.to_dict(), indent=1).encode())
     (work / "stop").unlink(missing_ok=True)
+    told = ["distill", str(work / "job.json"), "--events", "--preview", f"{preview_seconds:g}"]
+    return Job(work, _spawn(command(training, *told, *(["--force"] if replace else [])), work / "log.txt"))
+
+
+def command(training: Training, *arguments: str) -> list[str]:
+    """``dmm ARGUMENTS`` in the environment for training, with this very code."""
     root = Path(__file__).resolve().parents[1]
     code = LAUNCH.format(paths=ascii([*map(str, training.paths), str(root)]))
-    command = [str(training.python), "-X", "utf8", "-c", code, "distill", str(work / "job.json"), "--events"]
-    command += ["--preview", f"{preview_seconds:g}", *(["--force"] if replace else [])]
-    return Job(work, _spawn(command, work / "log.txt"))
+    return [str(training.python), "-X", "utf8", "-c", code, *arguments]
+
+
+def clean_environment() -> dict[str, str]:
+    """The host's, without what would lead the child to the host's packages."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return kept | {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
 
 
 def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """The child, out of reach of a Ctrl-C in the host's console: the host stops it in order."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
     apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     try:
         with log.open("wb") as file:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, env=environment, **apart
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, env=clean_environment(), **apart
             )
     except OSError as error:
         raise JobFailed(f"cannot be started ({error.strerror})", command[0]) from error

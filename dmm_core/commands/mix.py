@@ -12,7 +12,6 @@ from dmm_core.commands import add_style_argument, parse_mix
 from dmm_core.errors import BadInput
 
 HELP = "write a style file, or an ordinary checkpoint, of a mix of styles"
-TIME_BIAS = "time_embedding.linear_2.bias"  # diffusers' name of time_embed.2.bias
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,25 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Reporter) -> dict[str, Any]:
-    from dmm_core.checkpoint import open_checkpoint, write_style
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.export import export
 
     out, mix = _output(args.out, args.file), parse_mix(args.style) or {}
-    checkpoint = open_checkpoint(args.file)
-    codebook = checkpoint.codebook()
-    if codebook is None:
-        raise BadInput("is an ordinary checkpoint and holds no styles to mix", args.file, "Give a DMM file.")
-    try:
-        weights = codebook.weights(mix, normalize=not args.no_normalize)
-    except BadInput as error:
-        raise type(error)(error.what, args.file, error.hint) from None
-    # What the file's own UNet must gain: the default style is folded into its bias, and out of this vector.
-    vector = codebook(weights).detach()
     name = args.name or out.stem
-    used = {style: round(float(weight), 8) for style, weight in zip(codebook.names, weights, strict=True) if weight}
-    if args.bake:
-        _bake(out, checkpoint, vector, name)
-    else:
-        write_style(out, vector=vector, name=name, mix=used, dmm_hash=checkpoint.sha256())
+    used = export(open_checkpoint(args.file), mix, out, name, bake=args.bake, normalize=not args.no_normalize)
     kind = "checkpoint" if args.bake else "style"
     told = " + ".join(f"{weight:g} {style}" for style, weight in used.items())
     report.out(f"{out}: {kind} of {told}, {out.stat().st_size:,} bytes")
@@ -59,23 +45,6 @@ def run(args: argparse.Namespace, report: Reporter) -> dict[str, Any]:
         "mix": used,
         "bytes": out.stat().st_size,
     }
-
-
-def _bake(out: Path, checkpoint: Any, vector: Any, name: str) -> None:
-    """The checkpoint without codebook, ``time_embed.2.bias`` + s in its place."""
-    from dmm_core.checkpoint import write_checkpoint
-
-    unet = dict(checkpoint.unet())
-    bias = unet[TIME_BIAS]
-    unet[TIME_BIAS] = (bias.float() + vector.float()).to(bias.dtype)
-    metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith("dmm.")}
-    metadata.pop("modelspec.hash_sha256", None)  # of the tensors that it was
-    write_checkpoint(
-        out, family=checkpoint.family, unet=unet, vae=checkpoint.vae() if checkpoint.vae_config else None,
-        text_encoders=[checkpoint.text_encoder(i) for i in range(len(checkpoint.text_configs))],
-        metadata={**metadata, "modelspec.title": name},
-        prediction_type=checkpoint.prediction_type, vae_config=checkpoint.vae_config,
-    )  # fmt: skip
 
 
 def _output(out: str, source: str) -> Path:

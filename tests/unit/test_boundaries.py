@@ -50,8 +50,18 @@ def test_core_imports_nothing_undeclared():
     allowed = STDLIB | OURS | {"torch"} | {names.get(name, name) for name in declared}
     tools = {ROOT / "dmm_core" / "assets" / "make_mobilenet.py"}  # made the shipped file once; not run by users
     allowed |= {"bitsandbytes", "torchao"}  # optional: 8-bit moments, where one of them is installed
-    stray = {str(p.relative_to(ROOT)): imports(p) - allowed for p in SOURCES if p not in tools}
+    opens = {ROOT / "dmm_core" / "commands" / "ui.py": {"a1111_extension"}}  # the tab, over gradio alone
+    stray = {str(p.relative_to(ROOT)): imports(p) - allowed - opens.get(p, set()) for p in SOURCES if p not in tools}
     assert not {path: names for path, names in stray.items() if names}
+
+
+def test_tab_knows_the_webuis_in_one_place():
+    """All else of it is the page of ``dmm ui`` too."""
+    tab = ROOT / "a1111_extension" / "tab"
+    assert {p.name for p in tab.glob("*.py") if imports(p) & HOSTS - {"gradio"}} == {"webui.py"}
+    assert not imports(tab / "words.py") & HOSTS
+    shared = [ROOT / "a1111_extension" / f"{name}.py" for name in ("args", "styles", "sliders")]
+    assert not any(imports(p) & HOSTS - {"gradio"} for p in shared)
 
 
 @pytest.mark.parametrize("name", ["install.py", "__init__.py"])

@@ -69,6 +69,16 @@ def test_demo_installs_once_and_passes_arguments_on(install):
     assert len(pips(install)) == 1
 
 
+def test_ui_adds_gradio_to_the_same_environment(install):
+    assert install.main(["--demo"]) == 0
+    assert install.main(["--ui", "--port", "7000"]) == 0
+    assert install.commands[-1][1:] == ["-m", "dmm_core", "ui", "--port", "7000"]
+    first, second = pips(install)
+    assert [any(part.startswith("gradio") for part in pip) for pip in (first, second)] == [False, True]
+    assert install.main(["--ui"]) == 0 and install.main(["--demo"]) == 0
+    assert len(pips(install)) == 2
+
+
 def test_test_adds_to_the_demos_environment_and_demo_then_needs_nothing(install):
     install.main(["--demo"])
     install.main(["--test", "-k", "x"])

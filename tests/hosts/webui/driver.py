@@ -13,7 +13,7 @@ import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Host:
 
         self.scripts, self.callbacks, self.networks = scripts, script_callbacks, extra_networks
         self.shared, self.sd_models = shared, sd_models
+        self.memory = fork_memory(profile)
         if profile == "forge":
             shared.sd_model = sd_models.model_data.sd_model = sd_models.FakeInitialModel()
         self.start()
@@ -83,6 +84,9 @@ class Host:
         with gr.Blocks() as self.page, gr.Tabs():  # each tab is made by itself and rendered here (modules/ui.py)
             for name, interface in zip(("txt2img", "img2img"), interfaces, strict=True):
                 with gr.TabItem(name):
+                    interface.render()
+            for interface, name, elem_id in self.callbacks.ui_tabs_callback():
+                with gr.TabItem(name, elem_id=elem_id):
                     interface.render()
         self.script = self.tabs[False]
 
@@ -220,6 +224,23 @@ class Host:
             return out[0]
         strength = sum(weight for mark, _, weight in runs if not mark)
         return out[1] + (out[0] - out[1]) * p.cfg_scale * strength
+
+
+def fork_memory(profile: str) -> ModuleType | None:
+    """The module that manages a fork's memory, in its place; ``calls`` is what it was asked for."""
+    places = {"forge": "backend.memory_management", "reforge": "ldm_patched.modules.model_management"}
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("backend", "ldm_patched")]:
+        del sys.modules[name]
+    if profile not in places:
+        return None
+    parts = places[profile].split(".")
+    for i in range(1, len(parts) + 1):
+        sys.modules[".".join(parts[:i])] = ModuleType(parts[i - 1])
+    module = sys.modules[places[profile]]
+    module.calls = []
+    module.unload_all_models = lambda: module.calls.append("unload")
+    module.soft_empty_cache = lambda: module.calls.append("empty")
+    return module
 
 
 def part(text: str) -> tuple[str, float]:

@@ -40,28 +40,35 @@ def packages(venv: Path) -> str:
     return subprocess.run([str(python(venv)), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def install(venv: Path, wanted: tuple[str, ...]) -> None:
+def install(venv: Path, wanted: tuple[str, ...], bare: tuple[str, ...]) -> None:
+    """``wanted`` with what they need, ``bare`` without; torch and pytest stay those of ``.venv-dmm``."""
     base = python(TESTS)
     if not base.exists():
         raise SystemExit("prepare.py: there is no .venv-dmm yet. Run: python install.py --test -k no_test")
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([str(base), "-m", "venv", str(venv)], check=True)  # of the same Python: it is to load its torch
     pip = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    subprocess.run([*pip, "--only-binary=:all:", *wanted, *COMMON], check=True)
-    subprocess.run([*pip, "--no-deps", UNET], check=True)
+    subprocess.run([*pip, "--only-binary=:all:", *wanted], check=True)
+    if bare:
+        subprocess.run([*pip, "--no-deps", *bare], check=True)
     line = f"import sys; sys.path.append({packages(TESTS)!a})\n"  # after pip: it would take them for its own
     Path(packages(venv), "zz-dmm.pth").write_text(line, encoding="ascii")
 
 
+def prepare(variable: str, venv: Path, wanted: tuple[str, ...], bare: tuple[str, ...] = ()) -> None:
+    """Make the environment, unless it is there already, and print the variable that names its Python."""
+    content = "\n".join((sys.version, str(python(TESTS).resolve()), *wanted, *bare))
+    stamp, state = venv / "dmm.stamp", hashlib.sha256(content.encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
+        print(f"prepare.py: makes {venv.name}, a minute or two", file=sys.stderr, flush=True)
+        install(venv, wanted, bare)
+        stamp.write_text(state, encoding="utf-8")
+    print(f"export {variable}='{python(venv)}'")
+
+
 def main() -> None:
     for variable, (venv, wanted) in ENVIRONMENTS.items():
-        content = "\n".join((sys.version, str(python(TESTS).resolve()), *wanted, *COMMON, UNET))
-        stamp, state = venv / "dmm.stamp", hashlib.sha256(content.encode()).hexdigest()
-        if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
-            print(f"prepare.py: makes {venv.name}, a minute or two", file=sys.stderr, flush=True)
-            install(venv, wanted)
-            stamp.write_text(state, encoding="utf-8")
-        print(f"export {variable}='{python(venv)}'")
+        prepare(variable, venv, (*wanted, *COMMON), (UNET,))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.hosts.webui import reference
 
 pytestmark = pytest.mark.hosts
 PROFILES = {"DMM_WEBUI_341": "a1111,reforge", "DMM_WEBUI_440": "forge"}
-INSIDE = ("inside_styles.py", "inside_life.py", "inside_panel.py")
+INSIDE = ("inside_styles.py", "inside_life.py", "inside_panel.py", "inside_tab.py")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def running(tmp_path_factory) -> Iterator[dict[str, subprocess.Popen[str]]]:
         if python := os.environ.get(variable):
             command = [python, "-m", "pytest", "-m", "hosts", "-q", "-p", "no:cacheprovider"]
             more = {"DMM_WEBUI_FILES": str(files), "DMM_WEBUI_PROFILES": profiles, "OMP_NUM_THREADS": "1"}
+            more["DMM_TRAIN_PYTHON"] = sys.executable
             started[variable] = subprocess.Popen(
                 [*command, *(str(Path(__file__).with_name(name)) for name in INSIDE)],
                 cwd=reference.ROOT, env={**os.environ, **more}, text=True,
@@ -44,7 +46,7 @@ def running(tmp_path_factory) -> Iterator[dict[str, subprocess.Popen[str]]]:
 def test_webui_double(running, variable):
     if variable not in running:
         pytest.skip(f"set {variable}")
-    code = running[variable].wait(900)
+    code = running[variable].wait(1800)
     told = running[variable].log.read_text(encoding="utf-8")
     assert code == 0, told[-8000:]
     assert " passed" in told

@@ -35,3 +35,11 @@ def on_model_loaded(callback, *, name=None):
 
 def on_script_unloaded(callback, *, name=None):
     registered["script_unloaded"].append(callback)
+
+
+def on_ui_tabs(callback, *, name=None):
+    registered["ui_tabs"].append(callback)
+
+
+def ui_tabs_callback():
+    return [tab for callback in registered["ui_tabs"] for tab in callback() or []]

@@ -1,6 +1,7 @@
 """Checkpoints of ldm's real UNet. A1111 fills the module that it has; the forks build another and clear the old one."""
 
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,9 @@ class ModelData:
 
 model_data = ModelData()
 chosen = None  # what the checkpoint dropdown says
+model_path = tempfile.mkdtemp(prefix="webui models ")  # modules/paths.py: models/Stable-diffusion
+checkpoints_list = {}
+moves = []  # what was asked for, in order
 
 
 class ForksUNet(UNetModel):
@@ -36,6 +40,22 @@ class ForksUNet(UNetModel):
 
 def select_checkpoint():
     return SimpleNamespace(filename=str(chosen)) if chosen else None
+
+
+def list_models():
+    moves.append("list")
+    checkpoints_list.clear()
+    for path in sorted(Path(model_path).rglob("*.safetensors")):
+        checkpoints_list[path.name] = SimpleNamespace(filename=str(path))
+
+
+def unload_model_weights(sd_model=None, info=None):
+    """To the host's memory."""
+    moves.append(("unload", sd_model))
+
+
+def send_model_to_device(model):
+    moves.append(("device", model))
 
 
 def _build(path, cls):

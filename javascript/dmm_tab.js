@@ -1,0 +1,52 @@
+// The tab DMM, in the webuis (which load this file by themselves) and alone: asks how far things are while it is on the
+// screen, brings the card into sight, and takes what the panels send.
+(() => {
+  const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
+  const find = (selector) => root().querySelector(selector);
+  const visible = (element) => element && element.getClientRects().length > 0;
+  const LIVE = 1000, QUIET = 5000; // milliseconds between two questions
+
+  const press = (id) => {
+    const element = find(`#${id}`);
+    const button = element && (element.tagName === "BUTTON" ? element : element.querySelector("button"));
+    if (button) button.click();
+  };
+
+  let last = 0;
+  setInterval(() => {
+    if (document.hidden || !visible(find("#dmm_page"))) return;
+    const wait = find("#dmm_card [data-live='1']") ? LIVE : QUIET;
+    if (Date.now() - last < wait) return;
+    last = Date.now();
+    press("dmm_poll");
+  }, 250);
+
+  const tab = (within, label) => {
+    for (const button of root().querySelectorAll(`${within} button`)) {
+      if (button.textContent.trim() === label) return button.click();
+    }
+  };
+
+  // A panel's "Send to tab": the weights wait at the server.
+  window.dmmOpenMix = () => {
+    tab("#tabs", "DMM");
+    tab("#dmm_tabs", "Mix & export");
+    press("dmm_receive");
+  };
+
+  // After a start: on a phone the card is far below.
+  window.dmmShowCard = () => {
+    last = 0;
+    const card = find("#dmm_side");
+    setTimeout(() => {
+      if (card && card.getBoundingClientRect().top > window.innerHeight * 0.8 && find("#dmm_card [data-live='1']")) {
+        card.scrollIntoView({ behavior: "smooth" });
+      }
+    }, 900);
+  };
+
+  document.addEventListener("click", (event) => {
+    const picture = event.target.closest && event.target.closest(".dmm-picture img");
+    if (picture) picture.classList.toggle("dmm-whole");
+  });
+})();

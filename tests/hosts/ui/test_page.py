@@ -1,0 +1,268 @@
+"""``dmm ui`` in Chromium, as a user meets it: a merge from a click, cancelled and resumed, looked at, exported.
+
+DMM_SHOTS names a folder for pictures of the page; those in docs/ that begin with ui- were made so, with DMM_SHOTS_FILE,
+the demo's DMM file, among the checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dmm_core.checkpoint import open_checkpoint
+from mini_family import family
+
+pytestmark = pytest.mark.hosts
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
+TABS = ("Merge", "Inspect", "Mix & export", "Extend", "Evaluate")
+MINUTES = 60_000  # milliseconds; generous, since a merge is at work meanwhile
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models ü")
+    family.unpack(folder / "checkpoints")
+    (folder / "checkpoints" / "blueprint.safetensors").unlink()
+    if given := os.environ.get("DMM_SHOTS_FILE"):
+        shutil.copy(given, folder / "checkpoints" / "mini-dmm.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(models, tmp_path_factory) -> Iterator[str]:
+    python = os.environ.get("DMM_UI_PYTHON")
+    if not python:
+        pytest.skip("set DMM_UI_PYTHON (tests/hosts/ui/prepare.py prints it)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    with log.open("w", encoding="utf-8") as file:
+        server = subprocess.Popen(
+            [python, "-m", "dmm_core", "ui", "--models", str(models), "--port", str(port), "--no-browser"],
+            cwd=ROOT, stdout=file, stderr=file,
+            env={**os.environ, "DMM_LOCKS": str(log.parent / "locks"), "OMP_NUM_THREADS": "1",
+                 "DMM_TRAIN_PYTHON": sys.executable},
+        )  # fmt: skip
+    until = time.monotonic() + 1200
+    while "http://" not in log.read_text(encoding="utf-8"):
+        assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}/"
+    server.terminate()
+    assert server.wait(1200) == 0 or sys.platform == "win32", log.read_text(encoding="utf-8")
+    assert "Traceback" not in log.read_text(encoding="utf-8"), log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    path = shutil.which("chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if path is None:
+        pytest.skip("there is no Chromium on the PATH")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The page in one width and theme; what goes wrong in its scripts fails the test at its end."""
+
+    def __init__(self, browser: Any, address: str, size: str = "laptop", theme: str = "light") -> None:
+        width, height = SIZES[size]
+        self.name = f"{size}-{theme}"
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+        self.page.set_default_timeout(10 * MINUTES)
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(f"{address}?__theme={theme}")
+        self.page.wait_for_selector("#dmm_tabs")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).first.click()
+
+    def choose(self, elem_id: str, *values: str) -> None:
+        """Pick from a dropdown's list, or type what is not in it."""
+        for value in values:
+            box = self.page.locator(f"#{elem_id} input").first
+            box.click()
+            box.fill(value)
+            option = self.page.get_by_role("option", name=value, exact=True)
+            if option.count():
+                option.first.click()
+            else:
+                box.press("Enter")
+            box.press("Escape")
+
+    def fill(self, elem_id: str, value: str) -> None:
+        field = self.page.locator(f"#{elem_id} textarea, #{elem_id} input").first
+        field.fill(value)
+        field.blur()
+
+    def press(self, elem_id: str) -> None:
+        self.page.locator(f"button#{elem_id}, #{elem_id} button").first.click()
+
+    def wait(self, elem_id: str, pattern: str, minutes: float = 60) -> str:
+        """The element's text once it matches."""
+        code = "([id, re]) => { const e = document.getElementById(id); return e && RegExp(re, 's').test(e.innerText); }"
+        try:
+            self.page.wait_for_function(code, arg=[elem_id, pattern], timeout=minutes * MINUTES, polling=250)
+        except Exception as error:
+            raise AssertionError(f"{pattern!r} not in {self.text(elem_id)!r}") from error
+        return self.text(elem_id)
+
+    def text(self, elem_id: str) -> str:
+        return self.page.locator(f"#{elem_id}").inner_text()
+
+    def shot(self, name: str) -> None:
+        if folder := os.environ.get("DMM_SHOTS"):
+            self.page.wait_for_timeout(600)
+            self.page.screenshot(path=str(Path(folder) / f"ui-{name}-{self.name}.png"))
+
+    def close(self) -> None:
+        self.page.close()
+        assert not self.errors
+
+
+@pytest.fixture(scope="module")
+def page(chromium, address) -> Iterator[Page]:
+    made = Page(chromium, address)
+    yield made
+    made.close()
+
+
+def merge_form(page: Page, name: str, *checkpoints: str) -> None:
+    page.tab("Merge")
+    page.choose("dmm_merge_checkpoints", *checkpoints)
+    page.choose("dmm_merge_base", "base.safetensors")
+    page.fill("dmm_merge_name", name)
+    page.page.locator("#dmm_merge_preset").get_by_text("mini", exact=True).click()
+
+
+def test_bad_input_is_a_sentence(page):
+    page.tab("Merge")
+    page.press("dmm_merge_start")
+    page.wait("dmm_merge_told", "the new file has no name yet")
+    page.fill("dmm_merge_name", "../outside")
+    page.press("dmm_merge_start")
+    page.wait("dmm_merge_told", "is not a file's name")
+    page.fill("dmm_merge_name", "x")
+    page.press("dmm_merge_start")
+    page.wait("dmm_merge_told", "a merge needs at least two checkpoints")
+    page.choose("dmm_merge_base", "../../etc/passwd")
+    page.press("dmm_merge_start")
+    page.wait("dmm_merge_told", "leads out of the folder of checkpoints")
+    page.shot("bad")
+    page.tab("Mix & export")
+    page.press("dmm_mix_export")
+    page.wait("dmm_mix_told", "no DMM file is chosen")
+    page.tab("Evaluate")
+    page.press("dmm_evaluate_start")
+    page.wait("dmm_evaluate_told", "no checkpoint is chosen")
+
+
+def test_merge_cancel_resume(page, models):
+    """From a click to a DMM file, with a stop in between; previews and losses while it runs."""
+    merge_form(page, "two styles", "ink.safetensors", "clay.safetensors")
+    page.page.get_by_text("More", exact=True).first.click()
+    page.fill("dmm_merge_steps", "30")
+    page.fill("dmm_merge_pictures", "2")
+    page.press("dmm_merge_start")
+    page.wait("dmm_card", r"step [1-9]\d* of 30")
+    page.page.wait_for_selector("#dmm_preview img", timeout=60 * MINUTES)
+    told = page.text("dmm_card")
+    assert "ink" in told and "clay" in told and "Plan" in told
+    page.shot("running")
+    page.press("dmm_cancel")
+    told = page.wait("dmm_card", r"Stopped at step \d+ of 30\. Resume it to go on from there\.")
+    assert not (models / "checkpoints" / "two styles.safetensors").exists()
+    page.choose("dmm_unfinished", "two styles")
+    page.press("dmm_resume")
+    before = int(re.search(r"at step (\d+)", told)[1])
+    again = page.wait("dmm_card", r"step [1-9]\d* of 30, .* left|Done")
+    page.wait("dmm_card", r"Done: two styles\.safetensors")
+    assert "Done" in again or int(re.search(r"step (\d+)", again)[1]) >= before
+    assert open_checkpoint(models / "checkpoints" / "two styles.safetensors").styles == ("ink", "clay")
+
+
+def test_inspect(page):
+    page.tab("Inspect")
+    page.choose("dmm_inspect_file", "two styles.safetensors")
+    page.press("dmm_inspect_start")
+    told = page.wait("dmm_inspect_found", "DMM file")
+    assert "clay.safetensors" in told
+    assert page.page.locator("#dmm_inspect_found .dmm-chip img").count() == 2, "the styles' pictures"
+    page.shot("inspect")
+
+
+def test_mix_and_export(page, models):
+    """The style file of the sliders is what ``dmm mix`` computes."""
+    page.tab("Mix & export")
+    page.choose("dmm_mix_student", "two styles.safetensors")
+    page.page.wait_for_selector("#dmm_mix_w0 input", state="visible")
+    assert "ink" in page.text("dmm_mix_w0") and "clay" in page.text("dmm_mix_w1")
+    for elem_id, value in (("dmm_mix_w0", "0.75"), ("dmm_mix_w1", "0.25")):
+        field = page.page.locator(f"#{elem_id} input[type=number]").first
+        field.fill(value)
+        field.blur()
+    page.fill("dmm_mix_name", "three quarters")
+    page.press("dmm_mix_export")
+    page.wait("dmm_mix_told", "Written: .*0.75 ink . 0.25 clay")
+    page.shot("mix")
+    file = open_checkpoint(models / "checkpoints" / "two styles.safetensors")
+    expected = file.codebook().style({"ink": 0.75, "clay": 0.25}).float()
+    with safe_open(str(models / "loras" / "three quarters.safetensors"), "pt") as made:
+        assert torch.allclose(made.get_tensor("lora_unet_time_embed_2.diff_b").float(), expected, atol=1e-3)
+    page.press("dmm_mix_random")
+    page.press("dmm_mix_reset")
+
+
+def test_contact_sheet(page):
+    page.tab("Evaluate")
+    page.choose("dmm_evaluate_student", "two styles.safetensors")
+    page.wait("dmm_evaluate_teachers", "ink.safetensors.*clay.safetensors")
+    page.fill("dmm_evaluate_images", "4")
+    page.fill("dmm_evaluate_steps", "2")
+    page.press("dmm_evaluate_start")
+    page.wait("dmm_card", "ratio to the teachers' own distance")
+    page.page.wait_for_selector("#dmm_gallery img")
+    pictures = page.page.locator("#dmm_gallery img")
+    assert pictures.count() == 3
+    assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 200 for i in range(3))
+    page.page.locator("#dmm_gallery").scroll_into_view_if_needed()
+    page.shot("sheet")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_width_and_theme(chromium, address, size, theme):
+    """Nothing runs over the side, and another page shows what the first one did."""
+    page = Page(chromium, address, size, theme)
+    page.wait("dmm_card", "Evaluates two styles")
+    for name in TABS:
+        page.tab(name)
+        page.page.wait_for_timeout(500)
+        if name == "Mix & export":
+            page.choose("dmm_mix_student", (os.environ.get("DMM_SHOTS_FILE", "") and "mini-dmm.safetensors")
+                        or "two styles.safetensors")  # fmt: skip
+            page.page.wait_for_selector("#dmm_mix_w0 input", state="visible")
+        wide, inner = page.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= inner, name
+        page.shot(name.split()[0].lower())
+    page.close()

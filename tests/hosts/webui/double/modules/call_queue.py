@@ -1,0 +1,5 @@
+"""One job at a time (the webuis': a FIFO lock)."""
+
+import threading
+
+queue_lock = threading.RLock()

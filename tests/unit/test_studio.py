@@ -1,0 +1,341 @@
+"""What the tab DMM does, without a page: real files, real child processes on tiny models."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmm_core import environment
+from dmm_core.checkpoint import open_checkpoint
+from dmm_core.cli import Reporter, build_parser, jsonable
+from dmm_core.environment import NotInstalled, Training
+from dmm_core.errors import BadInput
+from dmm_core.studio import tool
+from dmm_core.studio.desk import Host
+from dmm_core.studio.folders import Folders
+from dmm_core.studio.studio import Studio, Wanted
+from tests.unit import tiny
+
+
+class Recording(Host):
+    """A host that counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def free(self) -> None:
+        self.calls.append("free")
+
+    def give_back(self) -> None:
+        self.calls.append("give back")
+
+    def wrote(self) -> None:
+        self.calls.append("wrote")
+
+    def device(self) -> str:
+        return "cpu"
+
+    def training(self) -> Training:
+        return Training(Path(sys.executable))
+
+
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DMM_LOCKS", str(tmp_path_factory.mktemp("locks")))
+
+
+@pytest.fixture
+def folders(tmp_path) -> Folders:
+    made = Folders((tmp_path / "check points",), (tmp_path / "lörа",), tmp_path / "own")
+    for folder in (*made.checkpoints, *made.loras, made.own):
+        folder.mkdir()
+    for seed, name in ((0, "a"), (50, "sub/b"), (90, "c")):
+        path = made.checkpoints[0] / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        tiny.write_tiny(path, seed=seed)
+    return made
+
+
+@pytest.fixture
+def studio(folders) -> Studio:
+    return Studio(folders, Recording())
+
+
+@pytest.fixture
+def planned_here(monkeypatch):
+    """Plans in this process: another one would load diffusers anew, which takes seconds."""
+
+    def run(training, arguments, say, stop):
+        args = build_parser().parse_args([*arguments, "--json"])
+        return jsonable(args.run(args, Reporter(True)))
+
+    monkeypatch.setattr(tool, "run", run)
+
+
+def wanted(name: str = "mixed", **more) -> Wanted:
+    small = {"checkpoints": ["a.safetensors", "sub/b.safetensors"], "preset": "mini", "steps": 3, "pictures": 2}
+    return Wanted(**{"name": name, **small, **more})
+
+
+def wait_for(activity, reached, seconds: float = 600) -> None:
+    until = time.monotonic() + seconds
+    while activity.running and not reached():
+        assert time.monotonic() < until, (activity.state, activity.line, activity.lines[-3:])
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_lists_are_of_the_folders(folders, tmp_path):
+    (tmp_path / "outside.safetensors").write_bytes(b"x")
+    (folders.checkpoints[0] / "notes.txt").write_text("no model", encoding="utf-8")
+    assert folders.list_checkpoints() == ["a.safetensors", "c.safetensors", "sub/b.safetensors"]
+    listed = Folders(folders.checkpoints, folders.loras, folders.own, lambda: [
+        folders.checkpoints[0] / "a.safetensors", tmp_path / "outside.safetensors", "elsewhere.ckpt",
+    ])  # fmt: skip
+    assert listed.list_checkpoints() == ["a.safetensors"]
+    assert folders.list_students() == []
+    assert folders.checkpoint("sub/b.safetensors") == folders.checkpoint("sub\\b.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "sub/../../outside.safetensors", "/etc/passwd",
+                                  "C:\\x.safetensors", "\\\\server\\x", "a\0b", "a\nb"])  # fmt: skip
+def test_names_that_lead_out_are_refused(folders, tmp_path, name):
+    (tmp_path / "outside.safetensors").write_bytes(b"x")
+    with pytest.raises(BadInput, match="leads out of the folder"):
+        folders.checkpoint(name)
+    with pytest.raises(BadInput):
+        folders.new_checkpoint(name)
+
+
+def test_links_that_lead_out_are_refused(folders, tmp_path):
+    out = tmp_path / "outside"
+    out.mkdir()
+    shutil.copy(folders.checkpoints[0] / "a.safetensors", out / "x.safetensors")
+    try:
+        (folders.checkpoints[0] / "link.safetensors").symlink_to(out / "x.safetensors")
+        (folders.checkpoints[0] / "door").symlink_to(out, target_is_directory=True)
+        (folders.checkpoints[0] / "gone.safetensors").symlink_to(out / "not there.safetensors")
+    except OSError:
+        pytest.skip("no links here")
+    for name in ("link.safetensors", "door/x.safetensors", "gone.safetensors"):
+        assert name not in folders.list_checkpoints()
+        with pytest.raises(BadInput, match="is a link that leads out"):
+            folders.checkpoint(name)
+    for name in ("door/new", "gone"):
+        with pytest.raises(BadInput, match="leads out of check points by a link"):
+            folders.new_checkpoint(name)
+    (folders.checkpoints[0] / "inner.safetensors").symlink_to(folders.checkpoints[0] / "a.safetensors")
+    assert "inner.safetensors" in folders.list_checkpoints()
+
+
+def test_missing_and_empty_names(folders):
+    with pytest.raises(BadInput, match=r"there is no checkpoint .gone\.safetensors.\. Was it deleted"):
+        folders.checkpoint("gone.safetensors")
+    for name in ("", None, " "):
+        with pytest.raises(BadInput, match="no checkpoint is chosen"):
+            folders.checkpoint(name)
+
+
+# ---------------------------------------------------------------- merges
+
+
+def test_merge_cancel_resume(studio, folders):
+    host, long = studio.host, wanted(steps=400)
+    activity = studio.merge(long)
+    with pytest.raises(BadInput, match="still going on: Merges mixed"):
+        studio.merge(wanted("another"))
+    wait_for(activity, lambda: activity.view is not None and activity.view.step >= 2 and activity.view.picture)
+    assert activity.running, activity.line
+    assert activity.plan["mergeable"] and activity.plan["styles"] == ["a", "b"]
+    assert set(activity.view.losses) == {"a", "b"} and activity.view.picture.startswith(b"\xff\xd8")
+    assert studio.desk.cancel()
+    studio.desk.wait(600)
+    assert activity.state == "stopped" and "of 400. Resume it to go on from there." in activity.line
+    assert studio.unfinished() == ["mixed"] and folders.list_students() == []
+    assert host.calls == ["free", "give back", "wrote"]
+    again = studio.resume("mixed")
+    wait_for(again, lambda: again.view is not None and again.view.training)
+    assert again.view.resumed and again.view.step >= activity.view.step, again.line
+    studio.desk.close()
+    assert again.state == "stopped" and not studio.desk.cancel()
+
+
+def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
+    activity = studio.merge(wanted(prompts="a cat\na dog"))
+    studio.desk.wait(600)
+    assert activity.state == "done" and activity.line == "Done: mixed.safetensors.", activity.line
+    assert folders.list_students() == ["mixed.safetensors"] and studio.unfinished() == []
+    assert studio.teachers_of("mixed.safetensors") == ["a.safetensors", "sub/b.safetensors"]
+    with pytest.raises(BadInput, match="finished already"):
+        studio.merge(wanted(prompts="a cat\na dog"))
+    with pytest.raises(BadInput, match="is a merge with other settings"):
+        studio.merge(wanted())
+    with pytest.raises(BadInput, match="exists and is not a merge"):
+        studio.merge(wanted("c", replace=True))
+    with pytest.raises(BadInput, match=r"2 styles \(a, b\), 1 teachers are chosen"):
+        studio.evaluate("mixed.safetensors", ["a.safetensors"], 4, 1)
+    more = studio.merge(wanted("more", student="mixed.safetensors", checkpoints=["c.safetensors"]))
+    studio.desk.wait(600)
+    assert more.state == "done", more.line
+    assert open_checkpoint(folders.checkpoint("more.safetensors")).styles == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"name": " "}, "has no name yet"),
+    ({"name": "../x"}, "is not a file's name"),
+    ({"name": "a:b"}, "has the character ':'"),
+    ({"checkpoints": ["a.safetensors"]}, "at least two checkpoints"),
+    ({"checkpoints": []}, "at least two checkpoints"),
+    ({"checkpoints": ["a.safetensors", "../x"]}, "leads out"),
+    ({"loras": ["x.safetensors"]}, "there is no LoRA"),
+    ({"preset": "quick"}, "there is no 'quick'"),
+    ({"steps": -5}, "train.steps"),
+    ({"student": "gone.safetensors"}, "there is no checkpoint"),
+])  # fmt: skip
+def test_bad_merges_are_a_sentence(studio, change, told):
+    with pytest.raises(BadInput, match=told) as error:
+        studio.merge(wanted(**change))
+    assert "\n" not in str(error.value) and studio.desk.activity is None and studio.host.calls == []
+
+
+def test_deleted_between_choice_and_start(studio, folders):
+    path = folders.checkpoint("sub/b.safetensors")
+    path.unlink()
+    with pytest.raises(BadInput, match=r"there is no checkpoint .sub/b\.safetensors."):
+        studio.merge(wanted())
+
+
+def test_files_that_do_not_fit_end_in_a_sentence(studio, folders, planned_here):
+    path = folders.checkpoint("sub/b.safetensors")
+    path.write_bytes(path.read_bytes()[:5000])
+    activity = studio.merge(wanted())
+    studio.desk.wait(600)
+    assert activity.state == "failed" and "b.safetensors" in activity.line and "Traceback" not in activity.line
+    assert studio.host.calls == ["free", "give back", "wrote"]
+
+
+def test_resume_stays_inside(studio, folders, tmp_path):
+    import json
+
+    recipe = studio.recipe(wanted("evil")).to_dict()
+    for key, value in (("out", str(tmp_path / "elsewhere.safetensors")), ("base", str(tmp_path / "x.safetensors"))):
+        shutil.copy(folders.checkpoint("a.safetensors"), tmp_path / "x.safetensors")
+        work = folders.own / "evil.work"
+        work.mkdir(exist_ok=True)
+        (work / "job.json").write_text(json.dumps({**recipe, key: value}), encoding="utf-8")
+        with pytest.raises(BadInput, match="lies outside of the model folders"):
+            studio.resume("evil")
+    for name in ("../evil", "", None, "unknown"):
+        with pytest.raises(BadInput, match="no unfinished merge"):
+            studio.resume(name)
+
+
+# ---------------------------------------------------------------- commands as children
+
+
+def test_a_command_answers_refuses_and_stops(folders, tmp_path):
+    here, said = Training(Path(sys.executable)), []
+    found = tool.run(here, ["inspect", str(folders.checkpoint("a.safetensors"))], said.append, lambda: False)
+    assert found["kind"] == "checkpoint" and found["parameters"]["all"] > 0
+    with pytest.raises(BadInput, match=r"gone\.safetensors: there is no such file"):
+        tool.run(here, ["inspect", str(tmp_path / "gone.safetensors")], said.append, lambda: False)
+    began = time.monotonic()
+    with pytest.raises(tool.Stopped):
+        tool.run(here, ["inspect", str(folders.checkpoint("a.safetensors"))], said.append, lambda: True)
+    assert time.monotonic() - began < 60
+    with pytest.raises(BadInput, match="cannot be started"):
+        tool.run(Training(tmp_path / "no python"), ["inspect", "x"], said.append, lambda: False)
+
+
+# ---------------------------------------------------------------- training's environment
+
+
+def test_no_environment_yet(folders, monkeypatch, tmp_path):
+    """``install.py`` of a clone that cannot install, then of one that can: its lines are shown."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    script = tmp_path / "install.py"
+    script.write_text("import sys; sys.exit(3 if '--where' in sys.argv else print('no network') or 1)", "utf-8")
+    studio = Studio(folders)
+    assert not studio.ready()
+    with pytest.raises(NotInstalled):
+        studio.merge(wanted())
+    activity = studio.install()
+    studio.desk.wait(30)
+    assert activity.state == "failed" and "no network" in activity.line
+    where = f"print({{'python': {sys.executable!r}, 'paths': []}}.__repr__().replace(chr(39), chr(34)))"
+    script.write_text(f"import sys\n{where} if '--where' in sys.argv else print('made it')", "utf-8")
+    activity = studio.install()
+    studio.desk.wait(30)
+    assert activity.state == "done" and "made it" in activity.lines and studio.ready()
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def student(folders) -> str:
+    return tiny.write_tiny_dmm(folders.checkpoints[0] / "student.safetensors").name
+
+
+def test_export_a_style_file_and_a_checkpoint(studio, folders, student):
+    """The file holds what the codebook says; baked, the stock bias has gained it."""
+    from safetensors import safe_open
+
+    source = open_checkpoint(folders.checkpoint(student))
+    names, book = source.styles, source.codebook()
+    mix = {names[0]: 3.0, names[1]: 1.0}
+    told = studio.export(student, mix, "styles/mine", bake=False)
+    path = folders.loras[0] / "styles" / "mine.safetensors"
+    assert f"0.75 {names[0]} + 0.25 {names[1]}" in told and str(path) in told
+    with safe_open(str(path), "pt") as file:
+        vector = file.get_tensor("lora_unet_time_embed_2.diff_b")
+    assert torch.allclose(vector.float(), book.style({names[0]: 0.75, names[1]: 0.25}).float(), atol=1e-3)
+    studio.export(student, {names[2]: 1.0}, "styles/mine", bake=False)  # ours: written anew
+    studio.export(student, mix, "baked", bake=True)
+    baked = open_checkpoint(folders.checkpoint("baked.safetensors"))
+    key = "time_embedding.linear_2.bias"
+    assert torch.allclose(dict(baked.unet())[key].float() - dict(source.unet())[key].float(), vector.float(), atol=5e-3)
+    assert studio.host.calls == ["wrote"] * 3
+    assert studio.inspect("styles/mine.safetensors")["kind"] == "style"
+
+
+def test_bad_exports_are_a_sentence(studio, folders, student):
+    names = open_checkpoint(folders.checkpoint(student)).styles
+    one = {names[0]: 1.0}
+    shutil.copy(folders.checkpoint("a.safetensors"), folders.loras[0] / "lora.safetensors")
+    for told, given in {
+        "sum": (student, {names[0]: 1.0, names[1]: -1.0}, "x", False),
+        "no style": (student, {"nobody": 1.0}, "x", False),
+        "is an ordinary checkpoint": ("a.safetensors", one, "x", False),
+        "has no name yet": (student, one, "", False),
+        "is not a file's name": (student, one, "../x", False),
+        "exists and is not a style file": (student, one, "lora", False),
+        "is there already": (student, one, "a", True),
+        "no checkpoint is chosen": (None, one, "x", False),
+    }.items():
+        with pytest.raises(BadInput, match=told) as error:
+            studio.export(*given)
+        assert "\n" not in str(error.value)
+    assert folders.list_loras() == ["lora.safetensors"]
+    assert studio.export(student, {names[0]: 1.0, names[1]: -1.0}, "x", False, normalise=False)
+
+
+def test_inspect(studio):
+    found = studio.inspect("a.safetensors", check_values=True)
+    assert found["kind"] == "checkpoint" and found["non_finite"] == []
+    with pytest.raises(BadInput, match="leads out"):
+        studio.inspect("../a.safetensors")
+
+
+def test_lora_needs_a_base(studio, folders):
+    shutil.copy(folders.checkpoint("a.safetensors"), folders.loras[0] / "l.safetensors")
+    with pytest.raises(BadInput, match="on top of a base"):
+        studio.merge(wanted(loras=["l.safetensors"]))
