@@ -168,8 +168,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
         weights_bytes(part.train, count, device, min(part.train.resident or different, different), body)
         for part in stages
     )
-    made = {stage.work: stage for stage in stages if stage.data.kind == "teachers"}.values()  # equal ones once
-    drawn = sum(latent_bytes(stage, sources) for stage in made)
+    drawn = sum(latent_bytes(stage, sources) for stage in drawing(stages))
     disk = drawn + file_bytes(sources.base.path) + state_bytes(stages, count, body)
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
@@ -183,21 +182,31 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
         True, list(sources.names), sources.base.family, count, device, precision, memory, disk, steps, samples,
         warnings=list(sources.warnings), fits=bool(found) if tried else None, discriminator_parameters=body,
     )  # fmt: skip
-    if not found:
-        return told
-    # What the trial did not hold: all prompts' embeddings (the student's in float32, the teachers'), and latents twice.
-    width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if precision == "fp32" else 2
+    return with_trials(told, found, recipe, stages, sources) if found else told
+
+
+def with_trials(told: Plan, found: Any, recipe: Recipe, stages: Sequence[Recipe], sources: Sources) -> Plan:
+    """A plan with the memory and the time that the stages' trials took.
+
+    Memory that no trial held is added: all prompts' embeddings (the student's in float32, the teachers'), and latents
+    twice.
+    """
+    width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if told.precision == "fp32" else 2
+    drawn = sum(latent_bytes(stage, sources) for stage in drawing(stages))
     ram = found.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
     timed = list(zip(stages, found.trials, strict=True))
-    drawing = sum(
-        -(-part.data.latents_per_teacher // 16) * part.data.steps * asked(part, sources) * trial.seconds_per_denoising
-        for part, trial in timed if part in made
-    )  # fmt: skip
+    chunks = {part.work: -(-part.data.latents_per_teacher // 16) * part.data.steps for part in drawing(stages)}
+    denoising = {part.work: trial.seconds_per_denoising * asked(part, sources) for part, trial in timed}
     training = sum(part.train.steps * trial.seconds_per_step for part, trial in timed)
     return replace(
-        told, seconds_per_step=training / steps, seconds=training + drawing,
+        told, seconds_per_step=training / told.steps, seconds=training + sum(chunks[w] * denoising[w] for w in chunks),
         peak_bytes=found.device or ram, ram_bytes=ram, changes=found.changes,
     )  # fmt: skip
+
+
+def drawing(stages: Sequence[Recipe]) -> list[Recipe]:
+    """Stages whose teachers draw latents: of those that share them, one."""
+    return list({stage.work: stage for stage in stages if stage.data.kind == "teachers"}.values())
 
 
 def asked(recipe: Recipe, sources: Sources) -> int:

@@ -135,7 +135,7 @@ def test_a_merge_of_all_kinds(files, tmp_path):
 
     pools = prepare(made).distillation.data.pools
     assert len(pools) == 4 and all(torch.isfinite(pool.latents).all() for (pool,) in pools)
-    assert not torch.equal(pools[0].latents, pools[1].latents)  # each samples by its own schedule
+    assert not torch.equal(pools[0][0].latents, pools[1][0].latents)  # each samples by its own schedule
 
 
 def test_a_v_student_of_v_teachers(files, tmp_path):
