@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("url")
     parser.add_argument("--only", nargs="+", default=[], choices=list(real_checks.CHECKS), metavar="CHECK")
     parser.add_argument("--plain", type=Path, help="the picture without the extension: made, or compared with")
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=128, help="of the pictures; 64 or more")
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
     webui = Webui(args.url, args.size, args.steps)

@@ -120,8 +120,8 @@ def samplers(webui: Webui) -> Iterator[Line]:
     file = f"a cat <lora:{STYLE}:1>"
     for name in ("DPM++ 2M", "Heun", "DDIM"):
         live = webui.draw({"weights": MIX, "negative": MIX}, sampler_name=name).pictures
-        yield same(f"{name}: args in halves against style file", live, webui.draw(prompt=file, sampler_name=name).pictures,
-                   ROUNDING)  # fmt: skip
+        stock = webui.draw(prompt=file, sampler_name=name).pictures
+        yield same(f"{name}: args in halves against style file", live, stock, ROUNDING)
     moving = {"weights": "ink", "to": "clay", "mode": "switch", "start": 0.5, "end": 0.5}
     yield other("a schedule against its first style", webui.draw(moving, steps=3).pictures,
                 webui.draw({"weights": "ink"}, steps=3).pictures)  # fmt: skip

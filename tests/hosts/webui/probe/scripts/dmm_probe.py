@@ -1,4 +1,4 @@
-"""``GET /dmm-probe``: what a check cannot see from outside. An extension for tests alone; ``real_files.py`` places it."""
+"""``GET /dmm-probe``: what a check cannot see from outside. For tests alone; ``real_files.py`` places it."""
 
 import gc
 import os
