@@ -30,6 +30,7 @@ class Webui:
     def __init__(self, url: str, size: int, steps: int) -> None:
         self.url, self.size, self.steps = url.rstrip("/"), size, steps
         self.drawn = 0
+        self.forge = self.answers("/sdapi/v1/sd-modules")
 
     def ask(self, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -39,6 +40,13 @@ class Webui:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code} {error.read()[:2000].decode(errors='replace')}") from error
+
+    def answers(self, path: str) -> bool:
+        try:
+            self.ask(path)
+        except RuntimeError:
+            return False
+        return True
 
     def draw(self, args: object = None, prompt: str = "a cat", path: str = "txt2img", **more: Any) -> Drawn:
         """One request. ``args``: the extension's object, or a list of the panel's values; None names it not at all."""
@@ -52,8 +60,9 @@ class Webui:
         told = self.ask(f"/sdapi/v1/{path}", body)
         self.drawn += 1
         info = json.loads(told["info"])
-        pictures = np.stack([decode(text) for text in told["images"]])
-        return Drawn(pictures, info["infotexts"], info.get("comments") or [])
+        pictures = [decode(text) for text in told["images"]]  # a grid, where there is one, comes first
+        pictures = [picture for picture in pictures if picture.shape == pictures[-1].shape]
+        return Drawn(np.stack(pictures), info["infotexts"], info.get("comments") or [])
 
     def load(self, name: str) -> None:
         """Another checkpoint, by the name of its file."""

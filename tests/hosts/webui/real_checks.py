@@ -31,6 +31,12 @@ def other(what: str, first: Array, second: Array) -> Line:
     return what, f"{seen:.1f}/255 mean", f"≥ {VISIBLE:g}", seen >= VISIBLE
 
 
+def changes(first: Array, second: Array) -> tuple[str, str, bool]:
+    """More than rounding can make of it."""
+    seen = apart(first, second)
+    return f"{seen}/255", f"> {2 * ROUNDING}/255", seen > 2 * ROUNDING
+
+
 def true(what: str, seen: object, wanted: object) -> Line:
     return what, str(seen), str(wanted), seen == wanted
 
@@ -122,13 +128,18 @@ def samplers(webui: Webui) -> Iterator[Line]:
         live = webui.draw({"weights": MIX, "negative": MIX}, sampler_name=name).pictures
         stock = webui.draw(prompt=file, sampler_name=name).pictures
         yield same(f"{name}: args in halves against style file", live, stock, ROUNDING)
-    moving = {"weights": "ink", "to": "clay", "mode": "switch", "start": 0.5, "end": 0.5}
-    yield other("a schedule against its first style", webui.draw(moving, steps=3).pictures,
-                webui.draw({"weights": "ink"}, steps=3).pictures)  # fmt: skip
+    moving = {"weights": "ink", "to": "clay", "mode": "switch", "start": 0.2, "end": 0.2}
+    more = {"steps": 4, "scheduler": "Uniform"}  # the last steps of others change next to nothing
+    drawn = webui.draw(moving, **more).pictures
+    first, last = (webui.draw({"weights": name}, **more).pictures for name in ("ink", "clay"))
+    yield "a schedule against its first style", *changes(drawn, first)
+    yield "a schedule against its last style", *changes(drawn, last)
 
 
 def hires(webui: Webui) -> Iterator[Line]:
-    more = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+    more: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+    if webui.forge:  # its API fails without (``hr_additional_modules`` of modules/processing.py is None then)
+        more["hr_additional_modules"] = ["Use same choices"]
     drawn = {name: webui.draw({"weights": "ink", "apply_to": name}, **more) for name in ("both", "base", "hires")}
     off = webui.draw(**more)
     yield same("hires, default against off", webui.draw({"weights": EQUAL}, **more).pictures, off.pictures)
@@ -145,8 +156,9 @@ def img2img(webui: Webui) -> Iterator[Line]:
     ramp = np.linspace(0, 255, size)[None, :, None]
     mask = np.zeros((size, size, 3))
     mask[:, size // 2 :] = 255
-    given = {"path": "img2img", "init_images": [encode(np.broadcast_to(ramp, (size, size, 3)))]}
-    given["denoising_strength"] = 0.9
+    given: dict[str, Any] = {"path": "img2img", "init_images": [encode(np.broadcast_to(ramp, (size, size, 3)))]}
+    # what is filled in for "fill" differs from run to run in Forge
+    given |= {"denoising_strength": 0.9, "inpainting_fill": 1}
     for kind, more in (("img2img", given), ("inpaint", {**given, "mask": encode(mask)})):
         off, ink = webui.draw(**more).pictures, webui.draw({"weights": "ink"}, **more).pictures
         yield other(f"{kind}, a style against off", ink, off)
@@ -184,7 +196,8 @@ def infotext(webui: Webui) -> Iterator[Line]:
     with Image.open(io.BytesIO(base64.b64decode(raw))) as image:
         first = np.asarray(image.convert("RGB"), dtype=np.int16)[None]
     again = webui.draw(None, **dict.fromkeys(("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width",
-                                              "height", "sampler_name")), infotext=text)  # fmt: skip
+                                              "height", "sampler_name")), infotext=text,
+                       **({"styles": []} if webui.forge else {}))  # fmt: skip
     yield same("a picture from another's infotext alone", again.pictures, first)
     yield true("their infotexts are equal", again.infotexts[0] == text, True)
     off = webui.draw().infotexts[0]
