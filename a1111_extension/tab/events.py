@@ -24,7 +24,8 @@ def on(
     js: str | None = None, queue: bool = True,
 ) -> Any:  # fmt: skip
     """Tie a handler to an event such as ``button.click``; no progress overlay, and not part of the page's API."""
-    more: dict[str, Any] = {"queue": queue, "show_progress": "hidden"}
+    more: dict[str, Any] = {"show_progress": "hidden"}
+    more |= {} if queue else {"queue": False}  # True would be refused where a webui runs without a queue
     more |= {"api_name": False} if MAJOR < 6 else {"api_visibility": "private"}
     if js is not None:
         more["_js" if MAJOR < 4 else "js"] = js

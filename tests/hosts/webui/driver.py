@@ -81,11 +81,12 @@ class Host:
                 script.controls = script.ui(is_img2img)
             self.tabs[is_img2img] = script
             interfaces.append(interface)
+        tabs = self.callbacks.ui_tabs_callback()  # before the page is begun, as in modules/ui.py
         with gr.Blocks() as self.page, gr.Tabs():  # each tab is made by itself and rendered here (modules/ui.py)
             for name, interface in zip(("txt2img", "img2img"), interfaces, strict=True):
                 with gr.TabItem(name):
                     interface.render()
-            for interface, name, elem_id in self.callbacks.ui_tabs_callback():
+            for interface, name, elem_id in tabs:
                 with gr.TabItem(name, elem_id=elem_id):
                     interface.render()
         self.script = self.tabs[False]
