@@ -15,6 +15,9 @@ from PIL import Image
 
 SCRIPT = "dmm styles"
 Array = np.ndarray
+VISIBLE = 3.0  # of 255, mean: what a style, or another style, is to change
+ROUNDING = 2  # of 255: a float that falls to either side of a byte
+Line = tuple[str, str, str, bool]  # of the table: what, seen, limit, passed
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,23 @@ def apart(first: Array, second: Array) -> int:
 
 def mean_apart(first: Array, second: Array) -> float:
     return float(np.abs(first - second).mean())
+
+
+def same(what: str, first: Array, second: Array, limit: int = 0) -> Line:
+    seen = apart(first, second)
+    return what, f"{seen}/255", f"≤ {limit}/255" if limit else "0", seen <= limit
+
+
+def other(what: str, first: Array, second: Array) -> Line:
+    seen = mean_apart(first, second)
+    return what, f"{seen:.1f}/255 mean", f"≥ {VISIBLE:g}", seen >= VISIBLE
+
+
+def changes(first: Array, second: Array) -> tuple[str, str, bool]:
+    """More than rounding can make of it."""
+    seen = apart(first, second)
+    return f"{seen}/255", f"> {2 * ROUNDING}/255", seen > 2 * ROUNDING
+
+
+def true(what: str, seen: object, wanted: object) -> Line:
+    return what, str(seen), str(wanted), seen == wanted

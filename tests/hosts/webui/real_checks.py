@@ -11,34 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.hosts.webui.real_api import SCRIPT, Array, Webui, apart, encode, mean_apart
+from tests.hosts.webui.real_api import ROUNDING, SCRIPT, Array, Line, Webui, apart, changes, encode, other, same, true
 
 DMM, PLAIN, STYLE, LORA = "dmm-check", "dmm-check-plain", "dmm-check-style", "dmm-check-lora"
 MIX = {"ink": 0.7, "clay": 0.3}  # of the file STYLE
 EQUAL = dict.fromkeys(("ink", "clay", "水彩, wet"), 1.0)  # the default, given by hand
-VISIBLE = 3.0  # of 255, mean: what a style, or another style, is to change
-ROUNDING = 2  # of 255: a float that falls to either side of a byte
-Line = tuple[str, str, str, bool]
-
-
-def same(what: str, first: Array, second: Array, limit: int = 0) -> Line:
-    seen = apart(first, second)
-    return what, f"{seen}/255", f"≤ {limit}/255" if limit else "0", seen <= limit
-
-
-def other(what: str, first: Array, second: Array) -> Line:
-    seen = mean_apart(first, second)
-    return what, f"{seen:.1f}/255 mean", f"≥ {VISIBLE:g}", seen >= VISIBLE
-
-
-def changes(first: Array, second: Array) -> tuple[str, str, bool]:
-    """More than rounding can make of it."""
-    seen = apart(first, second)
-    return f"{seen}/255", f"> {2 * ROUNDING}/255", seen > 2 * ROUNDING
-
-
-def true(what: str, seen: object, wanted: object) -> Line:
-    return what, str(seen), str(wanted), seen == wanted
 
 
 def style(webui: Webui) -> Iterator[Line]:
