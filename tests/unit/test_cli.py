@@ -15,10 +15,10 @@ import torch
 from dmm_core import cli
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.checkpoint.reader import Tensors, read_header
-from dmm_core.commands import mix as mix_command
 from dmm_core.commands import parse_mix
 from dmm_core.commands.inspect import lines
 from dmm_core.errors import BadInput, StyleError
+from dmm_core.export import TIME_BIAS
 from dmm_core.progress import Progress, duration
 from tests.unit import tiny
 
@@ -174,7 +174,7 @@ def test_mix_bakes_into_the_bias_and_leaves_dmm_metadata_out(dmm_file, tmp_path)
     assert cli.main(["mix", str(dmm_file.path), "--style", "neon", "--bake", "--out", str(out)]) == 0
     baked = open_checkpoint(out)
     assert baked.metadata["modelspec.title"] == "b" and not any(key.startswith("dmm.") for key in baked.metadata)
-    before, after = dmm_file.unet()[mix_command.TIME_BIAS], baked.unet()[mix_command.TIME_BIAS]
+    before, after = dmm_file.unet()[TIME_BIAS], baked.unet()[TIME_BIAS]
     assert torch.allclose(after.float(), before.float() + dmm_file.codebook().style({"neon": 1}), atol=1e-2)
 
 
