@@ -86,6 +86,7 @@ def wait_for(activity, reached, seconds: float = 600) -> None:
 # ---------------------------------------------------------------- merges
 
 
+@pytest.mark.slow  # tests/hosts/ui does the same from a click; a minute of one core
 def test_merge_cancel_resume(studio, folders):
     host, long = studio.host, wanted(steps=400)
     activity = studio.merge(long)
