@@ -103,10 +103,11 @@ class Page:
             box = self.page.locator(f"#{elem_id} input").first
             box.click()
             box.fill(value)
-            option = self.page.get_by_role("option", name=value, exact=True)
-            if option.count():
-                option.first.click()
-            else:
+            option = self.page.get_by_role("option", name=value, exact=True).first
+            try:
+                option.wait_for(timeout=5000)  # the list follows the typing
+                option.click()
+            except Exception:
                 box.press("Enter")
             box.press("Escape")
 
@@ -118,7 +119,7 @@ class Page:
     def press(self, elem_id: str) -> None:
         self.page.locator(f"button#{elem_id}, #{elem_id} button").first.click()
 
-    def wait(self, elem_id: str, pattern: str, minutes: float = 60) -> str:
+    def wait(self, elem_id: str, pattern: str, minutes: float = 8) -> str:
         """The element's text once it matches."""
         code = "([id, re]) => { const e = document.getElementById(id); return e && RegExp(re, 's').test(e.innerText); }"
         try:
