@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint, write_checkpoint, write_style
+from dmm_core.checkpoint.save import TIME_BIAS
 from dmm_core.errors import BadInput
-
-TIME_BIAS = "time_embedding.linear_2.bias"  # diffusers' name of time_embed.2.bias
 
 
 def export(

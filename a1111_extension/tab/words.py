@@ -12,7 +12,6 @@ from dmm_core.commands.plan import GIB
 from dmm_core.progress import duration
 from dmm_core.studio.desk import Activity
 
-STATES = {"running": "running", "done": "done", "stopped": "stopped", "failed": "failed"}
 IDLE = '<div class="dmm-card dmm-idle" data-live="0">Nothing is running.</div>'
 
 
@@ -30,7 +29,7 @@ def card(activity: Activity | None) -> str:
         line = "Saves what was learnt, then stops." if view is not None else "Stops."
     parts = [
         f'<div class="dmm-head"><b>{esc(activity.title)}</b><span class="dmm-state dmm-{activity.state}">'
-        f"{STATES[activity.state]}</span></div>"
+        f"{activity.state}</span></div>"
     ]
     if live:
         parts.append(_bar(view.share if view is not None else None))

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from dmm_core.asked import Place
 from dmm_core.checkpoint.reader import read_header
+from dmm_core.checkpoint.shapes import CODEBOOK
 from dmm_core.errors import BadInput
 from dmm_core.outputs import target
 
@@ -129,7 +130,7 @@ def _has_styles(path: Path) -> bool:
         about = path.stat()
         key = (str(path), about.st_mtime_ns, about.st_size)
         if key not in _known:
-            _known[key] = any(name.endswith("model_embedding.weight") for name in read_header(path)[0])
+            _known[key] = any(name.endswith(CODEBOOK) for name in read_header(path)[0])
         return _known[key]
     except (BadInput, OSError):
         return False

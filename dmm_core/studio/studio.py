@@ -11,7 +11,6 @@ from typing import Any
 from dmm_core import environment, jobs
 from dmm_core.asked import preview_seconds, recipe_for
 from dmm_core.checkpoint import inspect_file, open_checkpoint
-from dmm_core.environment import NotInstalled
 from dmm_core.errors import BadInput
 from dmm_core.export import export
 from dmm_core.files import write_atomically
@@ -239,6 +238,3 @@ def _key(recipe: Recipe) -> str:
 def _with_train(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     data = recipe.to_dict()
     return {**data, "train": {**data["train"], **changes}}
-
-
-__all__ = ["NotInstalled", "Studio", "Wanted"]
