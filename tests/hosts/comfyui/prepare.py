@@ -49,7 +49,8 @@ def python() -> Path:
 
 
 def pip(*args: str) -> None:
-    command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += [] if sys.dont_write_bytecode else ["--no-compile"]  # what is imported is compiled then, and only that
     subprocess.run([*command, *args], check=True)
 
 

@@ -47,7 +47,8 @@ def install(venv: Path, wanted: tuple[str, ...], bare: tuple[str, ...]) -> None:
         raise SystemExit("prepare.py: there is no .venv-dmm yet. Run: python install.py --test -k no_test")
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([str(base), "-m", "venv", str(venv)], check=True)  # of the same Python: it is to load its torch
-    pip = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    pip = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += [] if sys.dont_write_bytecode else ["--no-compile"]  # what is imported is compiled then, and only that
     subprocess.run([*pip, "--only-binary=:all:", *wanted], check=True)
     if bare:
         subprocess.run([*pip, "--no-deps", *bare], check=True)
