@@ -170,7 +170,7 @@ def make_venv(torch: str | None, venv: Path = VENV) -> None:
 def pip(python: Path, limits: Path, *arguments: str) -> list[str]:
     """The command that installs; --only-binary: a missing wheel is an error at once, not a build without a compiler."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    # Python compiles what it imports, unless it is told not to, as in many containers: each start would then do it again.
+    # Python compiles what it imports, unless told not to, as in many containers: each start would then do it again.
     command += [] if sys.dont_write_bytecode else ["--no-compile"]
     command += [] if sys.stdout.isatty() else ["-qq"]  # progress bars for those who watch
     return [*command, "--only-binary=:all:", "-c", str(limits), *arguments]

@@ -59,10 +59,14 @@ def open_extended(recipe: Recipe, base: Checkpoint | None, check_values: bool = 
     """The files of a recipe with ``student``. Text encoder and VAE are the student's; ``base`` serves LoRA files.
 
     Raises:
-        BadInput: as ``plan.open_sources``; a student that is no DMM file; a new style with an old one's name.
+        BadInput: as ``plan.open_sources``; a student that is no DMM file, or one for few steps; a new style with an
+            old one's name.
     """
     earlier = open_checkpoint(recipe.student or "")
     mine = style_teacher(earlier)
+    if earlier.few_step:
+        raise BadInput("samples in few steps, and cannot be trained further", earlier.path,
+                       "Take the file that it was made of.")  # fmt: skip
     if base is not None:
         must_fit(mine, base)
     added = tuple(open_teacher(teacher, base) for teacher in recipe.teachers)
@@ -83,8 +87,9 @@ def teachers_of_step(spec: TrainSpec, step: int, total: int, old: int = 0) -> li
     """Numbers of the teachers that a step asks, the first ``old`` of ``total`` being styles the student had before.
 
     New teachers: all of them, or the next ``teachers_per_step`` in a circle. Then ``regularize`` random old styles,
-    which follow from seed and step alone.
+    which follow from seed and step alone. Where there are no new teachers, the old styles take their place.
     """
+    old = 0 if old == total else old
     new = total - old
     count = min(spec.teachers_per_step or new, new)
     turn = [old + (step * count + i) % new for i in range(count)]

@@ -15,6 +15,7 @@ from typing import Any
 from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
+OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def with_preset(data: Any, source: str | Path) -> Any:
     count = len(teachers) if isinstance(teachers, list | tuple) else 1
     if data.get("student"):
         count *= 2  # as many rows of old styles again
-    for section, values in PRESETS[name].fill(count).items():
+    values_of = PRESETS[name].fill(count or OLD)
+    if not count:
+        values_of["train"]["teachers_per_step"] = OLD
+    for section, values in values_of.items():
         given = data.get(section)
         if given is None or isinstance(given, Mapping):  # anything else is a fault that the reader tells
             filled[section] = {**values, **(given or {})}

@@ -151,7 +151,8 @@ class EvaluateSpec:
 class Recipe:
     """A whole merge. ``base`` gives text encoder and VAE (None: the first teacher does).
 
-    With ``student``, a DMM file, the teachers are added to its styles, and ``base`` is what LoRA files are put on.
+    With ``student``, a DMM file, the teachers are added to its styles, and ``base`` is what LoRA files are put on;
+    without any teacher, ``train.few_step`` has it learn of itself.
     ``stages`` are trained one after the other, each from the last one's student; without any, there is one.
     ``preset`` fills what is left out (``dmm_core/presets.py``); ``work`` is the folder for what a resume needs (None:
     beside the output).
@@ -237,7 +238,8 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
             raise RecipeError(line, source, hint)
 
     names = [teacher.name for teacher in recipe.teachers]
-    demand(len(names) > 0, "teachers: expected at least one, got none")
+    alone = recipe.student is not None and recipe.train.few_step > 0  # the student teaches itself
+    demand(len(names) > 0 or alone, "teachers: expected at least one, got none")
     for i, name in enumerate(names):
         told = f"teachers[{i}].name: the style {name!r} is there twice"
         demand(name not in names[:i], told, "Give each teacher a name of its own.")

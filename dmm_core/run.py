@@ -195,11 +195,12 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     encoders = build_text_encoders(sources.base, torch.float32).to(teachers.device)
     context = encode_prompts(encoders, data.prompts).to("cpu")
     del encoders  # their place on the device is the student's
-    spec = recipe.train
+    spec, codebook = recipe.train, sources.earlier.codebook() if sources.earlier else None
+    default = recipe.default_style or (codebook.default if codebook and not recipe.teachers else None)
     student = Student.start(
-        sources.base, start_tensors(recipe, sources), sources.names, recipe.default_style, spec.seed,
+        sources.base, start_tensors(recipe, sources), sources.names, default, spec.seed,
         {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.weights], spec.rank if spec.student == "lora" else None,
-        sources.earlier.codebook() if sources.earlier else None,
+        codebook,
     ).to(teachers.device)  # fmt: skip
     quicken(student.unet, teachers.channels_last, spec.compile)
     precision = choose_precision(spec.precision, teachers.device.type, spec.weights)

@@ -20,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="the recipe, a YAML file")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same recipe")
     parser.add_argument("--teacher", nargs="+", action="extend", help="checkpoints to merge, instead of a recipe")
+    parser.add_argument(
+        "--few-step", metavar="FILE", help="a DMM file to make sample in 4 to 8 steps, instead of teachers"
+    )
+    parser.add_argument("--guidance", type=float, default=5.0, help="of --few-step: CFG that becomes part of it (5)")
     parser.add_argument("--base", help="whose text encoder and VAE the result gets (the first teacher's if left out)")
     parser.add_argument("--out", help="the DMM file to write")
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
@@ -76,17 +80,24 @@ def recipe_of(args: argparse.Namespace) -> Any:
     """The recipe file, or one made of --teacher and --out."""
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
+    chosen = [name for name in ("teacher", "few_step", "preset") if getattr(args, name)]
+    if args.recipe and chosen:
+        raise BadInput(f"give a recipe or --{chosen[0].replace('_', '-')}, not both")
     if args.recipe:
-        if args.teacher or args.preset:
-            raise BadInput(f"give a recipe or --{'teacher' if args.teacher else 'preset'}, not both")
         return load_recipe(args.recipe)
-    if not args.teacher or not args.out:
+    if not (args.teacher or args.few_step) or not args.out:
         raise BadInput("a recipe is missing", hint="Give a YAML file, or --teacher FILE … --out FILE.")
-    data: dict[str, Any] = {"teachers": list(args.teacher), "out": args.out}
+    if args.teacher and args.few_step:
+        raise BadInput("give --teacher or --few-step, not both", hint="The styles of the DMM file teach themselves.")
+    data: dict[str, Any] = {"teachers": list(args.teacher or ()), "out": args.out}
     data |= {"base": args.base} if args.base else {}
     data |= {"preset": args.preset} if args.preset else {}
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
+    if args.few_step:
+        few = {"few_step": args.guidance, "snr_power": 0.0}
+        data |= {"student": args.few_step, "train": {**data.get("train", {}), **few}}
+        data["data"] = {"cfg_scale": args.guidance, **data.get("data", {})}
     return recipe_from_dict(data, source="command line")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import main
+from dmm_core.commands import distill
 from dmm_core.diffusion import TIMESTEPS, add_noise, alphas_cumprod
 from dmm_core.errors import RecipeError
 from dmm_core.fewstep import SKIP, consistency_loss, guided
@@ -144,3 +146,63 @@ def test_an_evaluation_draws_the_student_in_few_steps(tmp_path, student, teacher
     assert main([*line, "--few-steps", "3", "--out", str(tmp_path / "e"), "--json"]) == 0
     said = capsys.readouterr().out
     assert "LCM in 3 steps" in said and (tmp_path / "e" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def slow_student(tmp_path_factory, teachers) -> Path:
+    path = tmp_path_factory.mktemp("slow") / "slow.safetensors"
+    merge = prepare(recipe_from_dict({"teachers": [str(t) for t in teachers], "out": str(path), "data": SMALL,
+                                      "default_style": {"teacher 0": 0.8, "teacher 1": 0.2},
+                                      "train": TRAIN | {"steps": 1, "save_every": 0}}))  # fmt: skip
+    for _ in merge.steps():
+        pass
+    return merge.save()
+
+
+def few_step(*arguments: str | Path) -> int:
+    return main(["distill", "--few-step", *map(str, arguments)])
+
+
+def test_of_a_file_without_its_teachers(tmp_path, slow_student):
+    """The styles teach themselves: names, order and default style stay, and the file is drawn in few steps."""
+    out = tmp_path / "few.safetensors"
+    said = recipe_from_dict({"student": str(slow_student), "teachers": [], "out": str(out), "data": SMALL,
+                             "train": TRAIN | {"few_step": 3.0, "steps": 2}})  # fmt: skip
+    merge = prepare(said)
+    assert [merge.distillation.turn(step) for step in (0, 1)] == [[0, 1], [0, 1]]
+    assert len(merge.distillation.data.pools) == 2, "each style draws latents of its own"
+    for _ in merge.steps():
+        pass
+    before, after = open_checkpoint(slow_student), open_checkpoint(merge.save())
+    assert after.few_step == 3.0 and after.styles == before.styles
+    assert after.style_info[0]["sha256"] == before.style_info[0]["sha256"]
+    assert after.codebook().default == before.codebook().default == pytest.approx({"teacher 0": 0.8, "teacher 1": 0.2})
+    moved = after.codebook().model_embedding.weight - before.codebook().model_embedding.weight
+    assert 0 < moved.abs().max() < 0.1
+
+
+def test_the_command_for_a_file(tmp_path, slow_student):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n", encoding="utf-8")
+    args = command_line("--few-step", str(slow_student), "--out", str(tmp_path / "o.safetensors"),
+                        "--guidance", "4", "--prompts", str(prompts), "--preset", "mini", "--steps", "7")  # fmt: skip
+    made = distill.recipe_of(args)
+    assert (made.train.few_step, made.data.cfg_scale, made.train.steps) == (4.0, 4.0, 7)
+    assert (made.train.snr_power, made.train.teachers_per_step, made.train.batch) == (0.0, 4, 6)
+    assert recipe_from_dict(made.to_dict()).train == made.train, "it is read back as it was written"
+
+
+def command_line(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    distill.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_file_for_few_steps_is_not_trained_again(tmp_path, student, capsys):
+    assert few_step(student, "--out", tmp_path / "o.safetensors") == 2
+    assert "samples in few steps" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_either_teachers_or_a_file(tmp_path, student, teachers, capsys):
+    assert few_step(student, "--teacher", teachers[0], "--out", tmp_path / "o.safetensors") == 2
+    assert "not both" in capsys.readouterr().err
