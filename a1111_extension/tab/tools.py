@@ -38,8 +38,9 @@ def inspect(studio: Studio, lists: Lists) -> None:
 def evaluate(studio: Studio, lists: Lists) -> Any:
     """Returns where the pictures go."""
     student = lists.one("DMM file", STUDENTS, "dmm_evaluate_student")
-    teachers = lists.many("Its teachers", CHECKPOINTS, "dmm_evaluate_teachers", "in the order of the file's styles")
+    teachers = lists.many("Its teachers", MODELS, "dmm_evaluate_teachers", "in the order of the file's styles")
     with gr.Row():
+        base = lists.one("Base", CHECKPOINTS, "dmm_evaluate_base", "of LoRA files among the teachers")
         images = gr.Number(96, label="Pictures a style", elem_id="dmm_evaluate_images")
         steps = gr.Number(12, label="Sampler steps", elem_id="dmm_evaluate_steps")
     start = gr.Button("Evaluate", variant="primary", elem_id="dmm_evaluate_start")
@@ -48,13 +49,16 @@ def evaluate(studio: Studio, lists: Lists) -> Any:
 
     def guess(name: str | None) -> Any:
         try:
-            return gr.update(value=studio.teachers_of(name))
+            found, under = studio.teachers_of(name)
+            return gr.update(value=found), gr.update(value=under)
         except (BadInput, OSError):
-            return gr.update()
+            return gr.update(), gr.update()
 
-    def act(name: str | None, beside: list[str] | None, count: float | None, each: float | None) -> str:
-        return attempt(lambda: begun(studio.evaluate(name, beside or [], count or 0, each or 0)))
+    def act(
+        name: str | None, beside: list[str] | None, under: str | None, count: float | None, each: float | None
+    ) -> str:
+        return attempt(lambda: begun(studio.evaluate(name, beside or [], count or 0, each or 0, under)))
 
-    on(student.change, guess, [student], [teachers])
-    on(on(start.click, act, [student, teachers, images, steps], told).then, None, js=SHOW_CARD)
+    on(student.change, guess, [student], [teachers, base])
+    on(on(start.click, act, [student, teachers, base, images, steps], told).then, None, js=SHOW_CARD)
     return gallery

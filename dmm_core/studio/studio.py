@@ -194,16 +194,29 @@ class Studio:
         told = " + ".join(f"{weight:.3g} {style}" for style, weight in used.items())
         return f"Written: {out} ({told}; {out.stat().st_size:,} bytes)."
 
-    def teachers_of(self, student: str | None) -> list[str]:
-        """Those of the listed checkpoints that a DMM file names as its teachers, in the file's order."""
-        info = open_checkpoint(self.folders.checkpoint(student)).style_info
-        listed = {Path(name).name: name for name in reversed(self.folders.list_checkpoints())}
-        return [listed[file] for style in info if (file := Path(str(style.get("teacher") or "")).name) in listed]
+    def teachers_of(self, student: str | None) -> tuple[list[str], str]:
+        """Those of the listed files that a DMM file names as its teachers, in its order, and as their base ("": none).
 
-    def evaluate(self, student: str | None, teachers: Sequence[str], images: float, steps: float) -> Activity:
-        """Draw and measure a DMM file beside its teachers; the pictures stay in the activity and on the disk."""
+        LoRA files need a base; without one among them there is none.
+        """
+        file = open_checkpoint(self.folders.checkpoint(student))
+        checkpoints, loras = ({Path(name).name: name for name in reversed(names)}
+                              for names in (self.folders.list_checkpoints(), self.folders.list_loras()))  # fmt: skip
+        wanted = [Path(str(style.get("teacher") or "")).name for style in file.style_info]
+        found = [(checkpoints.get(name) or loras[name]) for name in wanted if name in {**loras, **checkpoints}]
+        needs_base = any(name in loras and name not in checkpoints for name in wanted)
+        return found, checkpoints.get(_base_of(file.metadata), "") if needs_base else ""
+
+    def evaluate(
+        self, student: str | None, teachers: Sequence[str], images: float, steps: float, base: str | None = None
+    ) -> Activity:
+        """Draw and measure a DMM file beside its teachers; the pictures stay in the activity and on the disk.
+
+        ``base``: what LoRA files among the teachers are put on, with the strengths that they were learned at.
+        """
         file = self.folders.checkpoint(student)
-        beside = [str(self.folders.checkpoint(name)) for name in teachers or ()]
+        beside = [str(self.folders.model(name)) for name in teachers or ()]
+        under = ["--base", str(self.folders.checkpoint(base))] if base else []
         styles = open_checkpoint(file).styles
         if not styles:
             raise BadInput(f"{file.name} is an ordinary checkpoint without styles", hint="Choose a DMM file.")
@@ -216,7 +229,7 @@ class Studio:
             raise BadInput("at least 4 pictures and 1 step are needed")
         training, out = self.host.training(), self.folders.report(str(student))
         told = ["evaluate", str(file), "--images", str(int(images)), "--steps", str(int(steps)), "--out", str(out)]
-        told += ["--device", self.host.device() or "auto", "--teacher", *beside]
+        told += [*under, "--device", self.host.device() or "auto", "--teacher", *beside]
 
         def work(activity: Activity) -> str:
             from dmm_core.commands.evaluate import headline
@@ -229,6 +242,14 @@ class Studio:
             return ". ".join([*headline(report), f"The whole report: {out / 'report.html'}"])
 
         return self.desk.begin(f"Evaluates {file.stem}", work)
+
+
+def _base_of(metadata: Mapping[str, str]) -> str:
+    """The file name of the base in a file's ``dmm.recipe``; "" where it says none."""
+    try:
+        return Path(json.loads(metadata.get("dmm.recipe", ""))["base"]).name
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _key(recipe: Recipe) -> str:

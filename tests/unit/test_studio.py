@@ -21,6 +21,7 @@ from dmm_core.studio.folders import Folders
 from dmm_core.studio.studio import Studio, Wanted
 from tests.unit import tiny
 from tests.unit.studios import make_folders
+from tests.unit.test_lora_teacher import write_lora
 
 
 class Recording(Host):
@@ -113,7 +114,7 @@ def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
     studio.desk.wait(600)
     assert activity.state == "done" and activity.line == "Done: mixed.safetensors.", activity.line
     assert folders.list_students() == ["mixed.safetensors"] and studio.unfinished() == []
-    assert studio.teachers_of("mixed.safetensors") == ["a.safetensors", "sub/b.safetensors"]
+    assert studio.teachers_of("mixed.safetensors") == (["a.safetensors", "sub/b.safetensors"], "")
     with pytest.raises(BadInput, match="finished already"):
         studio.merge(wanted(prompts="a cat\na dog"))
     with pytest.raises(BadInput, match="is a merge with other settings"):
@@ -122,10 +123,17 @@ def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
         studio.merge(wanted("c", replace=True))
     with pytest.raises(BadInput, match=r"2 styles \(a, b\), 1 teachers are chosen"):
         studio.evaluate("mixed.safetensors", ["a.safetensors"], 4, 1)
-    more = studio.merge(wanted("more", student="mixed.safetensors", checkpoints=["c.safetensors"]))
+    write_lora(folders.loras[0] / "l.safetensors")
+    added = {"checkpoints": ["c.safetensors"], "loras": ["l.safetensors"], "base": "a.safetensors"}
+    more = studio.merge(wanted("more", student="mixed.safetensors", **added))
     studio.desk.wait(600)
     assert more.state == "done", more.line
-    assert open_checkpoint(folders.checkpoint("more.safetensors")).styles == ("a", "b", "c")
+    assert open_checkpoint(folders.checkpoint("more.safetensors")).styles == ("a", "b", "c", "l")
+    teachers = ["a.safetensors", "sub/b.safetensors", "c.safetensors", "l.safetensors"]
+    assert studio.teachers_of("more.safetensors") == (teachers, "a.safetensors")
+    evaluated = studio.evaluate("more.safetensors", teachers, 4, 1, "a.safetensors")
+    studio.desk.wait(600)
+    assert evaluated.state == "done" and len(evaluated.pictures) == 3, evaluated.line
 
 
 @pytest.mark.parametrize(("change", "told"), [
