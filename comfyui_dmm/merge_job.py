@@ -15,11 +15,11 @@ from dmm_core import environment, jobs
 from dmm_core.asked import preview_seconds
 from dmm_core.environment import NotInstalled, Training
 from dmm_core.errors import BadInput
-from dmm_core.follow import View
+from dmm_core.follow import View, require_done
 from dmm_core.outputs import settled
 from dmm_core.recipe import Recipe
 
-SAVES_WITHIN = 600.0  # seconds that a cancelled merge has for its save
+AGAIN = "Run it again"
 Say = Callable[[str], None]
 log = logging.getLogger("dmm")
 
@@ -69,18 +69,13 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
                 shown(event)
     except BaseException as stop:  # a cancel, or the end of ComfyUI
         say("Stopping: what was learnt is saved first.")
-        saved = job.finish(SAVES_WITHIN)
-        if job.last is not None:
-            shown.view.take(job.last)
+        told = shown.view.cancel(job, AGAIN)
         if isinstance(stop, host.InterruptProcessingException):
-            told = shown.view.ended(saved, "Run it again")
             say(told)
             log.info("DMM: the merge was %s", told[0].lower() + told[1:])
         raise
     try:
-        job.require_success()
-        if job.last.kind == "stopped":
-            raise jobs.JobFailed("the merge was stopped from outside", job.work, "Run it again to go on from there.")
+        require_done(job, AGAIN)
     except BadInput:
         say("")  # the red node says what is wrong
         raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dmm_core.jobs import Event
+from dmm_core.jobs import Event, Job, JobFailed
 from dmm_core.progress import duration
+
+SAVES_WITHIN = 600.0  # seconds that a cancelled merge has for its save
 
 
 @dataclass
@@ -54,7 +56,21 @@ class View:
         left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
         return f"step {self.step} of {self.total}{left}"
 
+    def cancel(self, job: Job, again: str) -> str:
+        """Let a job save, then stop; returns what is told. ``again``: what the user does to go on, e.g. "Resume it"."""
+        saved = job.finish(SAVES_WITHIN)
+        if job.last is not None:
+            self.take(job.last)
+        return self.ended(saved, again)
+
     def ended(self, saved: bool, again: str) -> str:
-        """What is told once a cancelled job is gone; ``saved``: whether it had the time to; ``again``: what to do."""
+        """What is told once a cancelled job is gone; ``saved``: whether it had the time to."""
         at = f"at step {self.step} of {self.total}" if self.total else "before the first step"
         return f"Stopped {at}. {again} to go on from " + ("there." if saved else "its last save.")
+
+
+def require_done(job: Job, again: str) -> None:
+    """Raises JobFailed for a job that ended otherwise than by making its file."""
+    job.require_success()
+    if job.last is not None and job.last.kind == "stopped":
+        raise JobFailed("the merge was stopped from outside", job.work, f"{again} to go on from there.")

@@ -13,10 +13,9 @@ from dmm_core import environment, jobs
 from dmm_core.child import one_line
 from dmm_core.environment import Training
 from dmm_core.errors import BadInput
-from dmm_core.follow import View
+from dmm_core.follow import SAVES_WITHIN, View, require_done
 from dmm_core.studio.tool import Stopped
 
-SAVES_WITHIN = 600.0  # seconds that a cancelled merge has for its save
 log = logging.getLogger("dmm")
 
 
@@ -146,21 +145,15 @@ def follow(job: jobs.Job, activity: Activity, again: str) -> str:
         JobFailed: how it ended otherwise.
     """
     view = activity.view = activity.view or View()
-    asked = False
     while job.last is None:
         event = job.poll(0.2)
         if event is not None:
             view.take(event)
             activity.version += 1
-        if activity.cancelled.is_set() and not asked:
-            asked = True
+        if activity.cancelled.is_set():
             view.doing, view.training = "saves what was learnt, then stops", False
-            saved = job.finish(SAVES_WITHIN)
-            if job.last is not None:
-                view.take(job.last)
+            told = view.cancel(job, again)
             if job.last is None or job.last.kind == "stopped":
-                return view.ended(saved, again)
-    job.require_success()
-    if job.last.kind == "stopped":
-        raise jobs.JobFailed("the merge was stopped from outside", job.work, f"{again} to go on from there.")
+                return told
+    require_done(job, again)
     return f"Done: {os.path.basename(str(job.last.about['out']))}."

@@ -99,7 +99,7 @@ def page(request, server, chromium) -> Iterator[Page]:
 
 @pytest.fixture
 def shoot(page, shots) -> Callable[[str], None]:
-    """Keep a picture of the page; comfyui-mix.png and others in docs/ were made so."""
+    """Keep a picture of the page; comfyui-mix-nodes2.png and others in docs/ were made so."""
 
     def take(name: str) -> None:
         page.fit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Graph = dict[str, Any]
-STEPS, CFG, SEED = 20, 2.0, 7
+STEPS, CFG, SEED = 10, 2.0, 7
 PROMPT = "a cat"
 
 

@@ -177,7 +177,7 @@ def test_200_slider_changes(server):
 
     def change(i):
         graph = styled(mix(1 - i / 250, i / 250))
-        graph["sampler"]["inputs"]["steps"] = 2
+        graph["sampler"]["inputs"].update(steps=1, cfg=1.0)
         return graph
 
     first = server.pictures(change(0))

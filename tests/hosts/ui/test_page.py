@@ -105,8 +105,7 @@ class Page:
             box.fill(value)
             option = self.page.get_by_role("option", name=value, exact=True).first
             try:
-                option.wait_for(timeout=5000)  # the list follows the typing
-                option.click()
+                option.click(timeout=5000)  # the list follows the typing, and may be drawn anew under the mouse
             except Exception:
                 box.press("Enter")
             box.press("Escape")
