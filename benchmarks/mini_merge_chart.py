@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from dmm_core.report.draw import INK, LINE, MUTED, PAPER, write
 
-COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#e8a100")
+COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#e8a100", "#2b8a3e", "#c2255c", "#495057", "#74b816")
 PANEL, MARGIN = (560, 380), 76
 Curve = list[tuple[int, list[float]]]  # samples seen, one value a seed
 
@@ -21,15 +21,17 @@ def curves(rows: Sequence[dict[str, Any]], value: Any) -> dict[str, Curve]:
     """Variant and length → values of all its seeds at each number of samples."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        changes = f", {row['changes']}" if row["changes"] else ""
+        changes = "".join(f", {change.partition('.')[2].replace('=', ' ')}" for change in row["changes"].split())
         name = f"{row['start']} start, {row['losses']}, {row['steps']} steps{changes}"
         for point in row["points"]:
             found.setdefault(name, {}).setdefault(point["samples_seen"], []).append(value(point))
     return {name: sorted(points.items()) for name, points in sorted(found.items())}
 
 
-def spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean ± deviation; the mean alone where there is one value."""
+    deviation = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    return format(statistics.mean(values), form) + deviation
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -40,8 +42,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         samples, values = points[-1]
         gaps = gap[name][-1][1]
         lines.append(
-            f"| {name} | {len(values)} | {samples:,} | {statistics.mean(values):.3f} ± {spread(values):.3f} "
-            f"| {statistics.mean(gaps):.1%} ± {spread(gaps):.1%} |"
+            f"| {name} | {len(values)} | {samples:,} | {spread(values, '.3f')} | {spread(gaps, '.1%')} |"
         )
     return "\n".join(lines)
 
@@ -81,15 +82,14 @@ def show(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Print the table and draw the curves."""
     print(table(rows))
     ratio = curves(rows, lambda p: p["ratio"])
-    size = (2 * (PANEL[0] + MARGIN) + 60, PANEL[1] + 2 * MARGIN + 20 + 30 * math.ceil(len(ratio) / 2))
+    size = (2 * (PANEL[0] + MARGIN) + 60, PANEL[1] + 2 * MARGIN + 20 + 30 * len(ratio))
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     panel(draw, MARGIN, "Ratio to the teachers' own distance (1 is perfect)", ratio, percent=False)
     gap = curves(rows, lambda p: p["gap_closed"]["mean"])
     panel(draw, MARGIN * 2 + PANEL[0] + 30, "Score gap closed", gap, percent=True)
     for k, (colour, name) in enumerate(zip(COLOURS * len(ratio), ratio, strict=False)):
-        y = PANEL[1] + 2 * MARGIN + 20 + 30 * (k // 2)
-        x = MARGIN + (k % 2) * (PANEL[0] + MARGIN)
-        draw.line((x, y, x + 30, y), fill=colour, width=4)
-        write(draw, (x + 40, y), name, 17, INK)
+        y = PANEL[1] + 2 * MARGIN + 20 + 30 * k
+        draw.line((MARGIN, y, MARGIN + 30, y), fill=colour, width=4)
+        write(draw, (MARGIN + 40, y), name, 17, INK)
     canvas.save(out)
