@@ -41,9 +41,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, points in ratio.items():
         samples, values = points[-1]
         gaps = gap[name][-1][1]
-        lines.append(
-            f"| {name} | {len(values)} | {samples:,} | {spread(values, '.3f')} | {spread(gaps, '.1%')} |"
-        )
+        lines.append(f"| {name} | {len(values)} | {samples:,} | {spread(values, '.3f')} | {spread(gaps, '.1%')} |")
     return "\n".join(lines)
 
 

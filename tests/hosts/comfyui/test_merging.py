@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
 
 from tests.hosts.comfyui.browser import BRIEF, SHORT
 from tests.hosts.comfyui.graphs import Graph, node, plain, styled
@@ -48,13 +46,11 @@ def wait_for(path: Path, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(str(path), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
 def test_cancelled_resumed_finished_loaded(server):
-    """Cancel saves; again goes on from there and ends as an uninterrupted merge does; Load DMM has it at once."""
+    """Cancel saves; again goes on from there; Load DMM has it at once.
+
+    That it ends as an uninterrupted merge does, to the bit, is tests/unit/test_jobs.py's to show.
+    """
     graph = {"merge": merge("broken off", "ink", "clay", recipe=SHORT)}
     prompt = submit(server, graph)
     work = server.base / "user" / "dmm" / "broken off.work"
@@ -75,14 +71,10 @@ def test_cancelled_resumed_finished_loaded(server):
     assert outputs["picture"]["images"] and outputs["merge"]["images"], "a picture, and the last preview"
     assert not work.exists()
 
-    server.run({"merge": merge("straight", "ink", "clay", recipe=SHORT)})
-    a, b = tensors(checkpoint(server, "broken off")), tensors(checkpoint(server, "straight"))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
     chosen = styled(node("StyleVector", codebook=["load", 3], style="clay", strength=1.0))
-    chosen["load"]["inputs"]["checkpoint"] = "straight.safetensors"  # from the list, without a restart
+    chosen["load"]["inputs"]["checkpoint"] = "broken off.safetensors"  # from the list, without a restart
     listed = server.get("/object_info/LoadDMM")["LoadDMM"]["input"]["required"]["checkpoint"][1]["options"]
-    assert "straight.safetensors" in listed
+    assert "broken off.safetensors" in listed
     assert server.pictures(chosen).shape == (1, 64, 64, 3)
 
 
