@@ -7,60 +7,96 @@ Bytes a parameter, for weight + gradient + two moments: 16 (fp32), 12 (bf16 weig
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from dmm_core.errors import BadInput
 from dmm_core.recipe import TrainSpec
 
 EIGHT_BIT = ("bitsandbytes", "torchao")
+TOGETHER = 1 << 22  # values that are copied to float32 at a time: a GPU's cache holds them until they are rounded
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 → bfloat16, up or down at random so that the expected value is x: small steps are not lost for ever.
+def round_at_random_(x: Tensor, generator: torch.Generator) -> None:
+    """float32 → the bfloat16 above or below, in place, so that the expected value is x: no small step is lost for ever.
 
     A bfloat16 is the upper half of a float32; uniform bits are added to the lower half, which then is cut off.
     """
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    x.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 weights: float32 arithmetic and moments, and the new weight rounded at random.
+    """AdamW for bfloat16 weights: torch's own step on float32 copies, float32 moments, new weights rounded at random.
 
-    A weight's random bits follow from seed, step and the weight's place alone, so that a resumed run, and every one
-    of several processes, rounds alike. Weights that are float32 (the codebook's) are not rounded.
+    Many weights are copied, stepped and rounded together. Their random bits follow from seed, step and the place of the
+    first of them alone, so that a resumed run, and every one of several processes, rounds alike. Weights that are
+    float32 (the codebook's) are not rounded.
+
+    Args:
+        places: a number for every weight.
+        fused: one kernel for all of AdamW's arithmetic, where the device has it.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], places: dict[Tensor, int], seed: int, **defaults: Any) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], places: dict[Tensor, int], seed: int, fused: bool = False, **defaults: Any
+    ) -> None:
         super().__init__(groups, {"eps": 1e-8, **defaults})
-        self.places, self.seed = places, seed
+        self.places, self.seed, self.fused = places, seed, fused
+        self.number = 0  # of the step; the counters of its state lie on the device, which would have to be waited for
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad.float(), self.state[p], group)
+            for weights in _together([p for p in group["params"] if p.grad is not None]):
+                self.update(weights, group)
+        self.number += 1
 
-    def update(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        (b1, b2), lr = group["betas"], group["lr"]
-        state["step"] += 1
-        step = int(state["step"])  # lies on the CPU: no wait for the device
-        state["exp_avg"].lerp_(gradient, 1 - b1)
-        state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - b2**step)).add_(group["eps"])
-        new = p.float() * (1 - lr * group["weight_decay"])
-        new.addcdiv_(state["exp_avg"], root, value=-lr / (1 - b1**step))
-        if p.dtype == torch.bfloat16:
-            generator = torch.Generator(p.device).manual_seed(hash((self.seed, step, self.places[p])) & 0x7FFFFFFF)
-            new = stochastic_round(new, generator)
-        p.copy_(new)
+    def update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Step weights of one type and device."""
+        first = weights[0]
+        copies, parts = _float_copies(weights)
+        _, gradients = _float_copies([p.grad for p in weights], like=weights)
+        states = [self.state[p] for p in weights]
+        adamw(
+            parts, gradients, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
+            [state["step"] for state in states], fused=self.fused, amsgrad=False, beta1=group["betas"][0],
+            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=False,
+        )  # fmt: skip
+        if first.dtype == torch.bfloat16:
+            seed = hash((self.seed, self.number, self.places[first])) & 0x7FFFFFFF
+            round_at_random_(copies, torch.Generator(first.device).manual_seed(seed))
+        torch._foreach_copy_(weights, parts)
+
+
+def _together(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, up to TOGETHER values or a single weight."""
+    held: list[Tensor] = []
+    for p in weights:
+        if held and (p.dtype != held[0].dtype or sum(q.numel() for q in held) + p.numel() > TOGETHER):
+            yield held
+            held = []
+        held.append(p)
+    if held:
+        yield held
+
+
+def _float_copies(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Tensors in float32 one after the other: all of them flat, and views laid out as they (or ``like``) are."""
+    like = like or tensors
+    flat = torch.empty(sum(p.numel() for p in like), dtype=torch.float32, device=like[0].device)
+    views, at = [], 0
+    for p in like:
+        views.append(flat.as_strided(p.shape, p.stride(), at))
+        at += p.numel()
+    torch._foreach_copy_(views, list(tensors))
+    return flat, views
 
 
 class StudentOptimizer:
@@ -96,9 +132,9 @@ class StudentOptimizer:
         narrow = any(p.dtype == torch.bfloat16 for p in self.parameters)
         if spec.optimizer == "adamw8bit":
             return _eight_bit(groups, self.device, narrow, more)
-        if narrow:
-            return StochasticAdamW(groups, self.places, spec.seed, **more)
         self.fused = self.device.type == "cuda" or (self.device.type == "cpu" and TORCH >= (2, 4))
+        if narrow:
+            return StochasticAdamW(groups, self.places, spec.seed, self.fused, **more)
         return torch.optim.AdamW(groups, fused=self.fused, **more)
 
     def _first_state(self, optimizer: Any, p: Tensor) -> dict[str, Any]:
@@ -109,7 +145,7 @@ class StudentOptimizer:
         if kind == "torchao":
             moments = (optimizer._new_buffer(p, True), optimizer._new_buffer(p, False))
             return dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.tensor(0.0), *moments), strict=True))
-        where = p.device if isinstance(optimizer, torch.optim.AdamW) and self.fused else "cpu"
+        where = p.device if self.fused else "cpu"
         zeros = [torch.zeros_like(p, dtype=torch.float32) for _ in range(2)]
         return {"step": torch.zeros((), device=where), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
@@ -127,6 +163,8 @@ class StudentOptimizer:
         """Before the first backward pass of a step: learning rates are set, nothing is updated so far."""
         self.done.clear()
         for optimizer in self.optimizers:
+            if isinstance(optimizer, StochasticAdamW):
+                optimizer.number = step
             for group in optimizer.param_groups:
                 lr = group["peak"] * lr_factor
                 group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr  # torchao's is a tensor

@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmm_core.optim import StochasticAdamW, StudentOptimizer, stochastic_round
+from dmm_core.optim import TOGETHER, StochasticAdamW, StudentOptimizer, round_at_random_
 from dmm_core.recipe import TrainSpec
 
 
 def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be():
     generator = torch.Generator().manual_seed(0)
+
+    def rounded_of(x):
+        round_at_random_(x := x.clone(), generator)
+        assert torch.equal(x, x.bfloat16().float()), "a bfloat16's value"
+        return x
+
     exact = torch.tensor([0.0, 1.0, -3.5, 2.0**-120, -(2.0**100)])
-    assert torch.equal(stochastic_round(exact, generator).float(), exact)
+    assert torch.equal(rounded_of(exact), exact)
     x = torch.tensor([0.1, -0.7, 123.456, 1 + 2.0**-12, -1e-30])
-    rounded = stochastic_round(x.expand(200_000, -1).contiguous(), generator).float()
+    rounded = rounded_of(x.expand(200_000, -1).contiguous())
     apart = 2.0 ** (x.abs().log2().floor() - 7)  # distance of two neighbours, with 8 significant bits
     assert (rounded - x).abs().le(apart).all() and all(len(column.unique()) == 2 for column in rounded.T)
     error = (rounded.double().mean(0) - x).abs() / apart
@@ -50,6 +56,28 @@ def test_stochastic_adamw_is_adamw_for_float32():
             w.grad = torch.sin(3 * w.detach())
             optimizer.step()
     assert torch.allclose(ours, theirs, atol=1e-6) and not torch.allclose(ours, torch.linspace(-1, 1, 50), atol=1e-3)
+
+
+def test_weights_are_stepped_together_in_any_layout():
+    """Channels-last, transposed and large weights beside others: each as if it were alone, but for the rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last),
+              torch.randn(5, 7, generator=generator).T, torch.randn(TOGETHER // 1000, 1001, generator=generator),
+              torch.ones(())]  # fmt: skip
+    wide = [torch.nn.Parameter(x.bfloat16().float()) for x in shapes]
+    narrow = [torch.nn.Parameter(x.bfloat16()) for x in shapes]
+    spec = TrainSpec(weights="bf16", lr=1e-2)
+    ours = StudentOptimizer([(narrow, 1e-2)], spec, torch.device("cpu"))
+    theirs = torch.optim.AdamW(wide, lr=1e-2, weight_decay=spec.weight_decay)
+    for a, b in zip(narrow, wide, strict=True):
+        a.grad = torch.randn(a.shape, generator=generator).bfloat16()
+        b.grad = a.grad.float()
+    ours.begin(1.0, 0)
+    ours.optimizers[0].step()
+    theirs.step()
+    for a, b in zip(narrow, wide, strict=True):
+        apart = 2.0 ** (b.abs().clamp(min=1e-30).log2().floor() - 7)  # distance of two neighbours
+        assert ((a.float() - b).abs() <= apart * 1.01).all() and not torch.equal(a, b.bfloat16()) or a.numel() == 1
 
 
 @pytest.mark.slow
