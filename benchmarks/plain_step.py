@@ -29,14 +29,18 @@ class PlainStep:
         latents, context: clean latents (n, 4, h, w) and their prompts' embeddings on the CPU.
         rows: rows of one step.
         half: what the student is autocast to and the teacher is; float32 for neither.
+        sparing: with gradient checkpointing, for a device on which the step does not fit without.
     """
 
     def __init__(
-        self, make_unet: Any, latents: Tensor, context: Context, rows: int, half: torch.dtype, device: torch.device
-    ) -> None:
+        self, make_unet: Any, latents: Tensor, context: Context, rows: int, half: torch.dtype, device: torch.device,
+        sparing: bool = False,
+    ) -> None:  # fmt: skip
         self.latents, self.context, self.rows, self.half, self.device = latents, context, rows, half, device
         self.teacher = make_unet(half, False).to(device).requires_grad_(False).eval()
         self.student = make_unet(torch.float32, True).to(device).requires_grad_(True).train()
+        if sparing:
+            self.student.enable_gradient_checkpointing()
         width = self.student.time_embedding.linear_2.out_features
         self.codebook = nn.Embedding(1, width).to(device)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)).to(device)

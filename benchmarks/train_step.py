@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --out FILE.json     # a GPU: 8 full-size SD1.5 of random weights at 512 px
     python benchmarks/train_step.py --family sdxl       # a GPU: 4 full-size SDXL at 1024 px
     python benchmarks/train_step.py --device cpu        # the mini family
+    python benchmarks/train_step.py --only plain "all resident, compiled" --parts speeds profile
 
 Measures samples/s of both at equal rows a step, what rotation costs, the share of the measured matmul peak, and on CUDA
 peak memory of a full and a LoRA student. What cannot run here (no memory, no compiler) is named, and the rest goes on.
@@ -64,16 +65,23 @@ class Bench:
         pairs = {
             "fp32 weights, all resident": {},
             "all resident": fast,
+            "all resident, no CUDA graphs": {**fast, "cuda_graphs": False},
             "resident 1, a pass a teacher": {**fast, "resident": 1, "micro": 1},
             "resident 2, a pass a teacher": {**fast, "resident": min(2, self.teachers), "micro": 1},
             "all resident, a pass a teacher": {**fast, "micro": 1},
         }
+        if self.device.type != "cuda":
+            del pairs["all resident, no CUDA graphs"]
         if self.args.compile:
             pairs["all resident, compiled"] = {**fast, "compile": True}
-        plain = lambda: PlainStep(s.unet, s.latents, s.context[:64], self.rows, DTYPES[self.half], self.device)  # noqa: E731
-        return {"plain": plain} | {
-            name: (lambda more=more: s.distillation(self.spec(**more))) for name, more in pairs.items()
-        }
+            pairs["resident 1, a pass a teacher, compiled"] = {**fast, "resident": 1, "micro": 1, "compile": True}
+        made: dict[str, Callable[[], Any]] = {
+            name: (lambda sparing=sparing: PlainStep(
+                s.unet, s.latents, s.context[:64], self.rows, DTYPES[self.half], self.device, sparing
+            )) for name, sparing in (("plain", False), ("plain, checkpointing", True))
+        }  # fmt: skip
+        made |= {name: (lambda more=more: s.distillation(self.spec(**more))) for name, more in pairs.items()}
+        return {name: make for name, make in made.items() if name in (self.args.only or made)}
 
     def seconds(self, thing: Any) -> list[float]:
         """Seconds a step, of several steps together on CUDA, of each on a CPU."""
@@ -117,7 +125,7 @@ class Bench:
         rounds = 1 if self.device.type == "cuda" else self.args.rounds
         for _ in range(rounds):
             for name, make in self.variants().items():
-                if name in self.failed:
+                if name in self.failed or (name == "plain, checkpointing" and "plain" in times and times["plain"]):
                     continue
 
                 def work(make: Callable[[], Any] = make) -> list[float]:
@@ -159,6 +167,7 @@ class Bench:
         found: dict[str, Any] = {}
         if self.device.type != "cuda":
             return found
+        self.clear()
         for name, more in (("full, 8-bit", {**SMALL_FULL, "optimizer": "adamw8bit"}), ("full", SMALL_FULL),
                            ("LoRA", SMALL_LORA)):  # fmt: skip
             for batch in (1, self.batch):
@@ -174,22 +183,46 @@ class Bench:
                 found[told] = self.attempt(told, work)
         return found
 
+    def profile(self) -> str | None:
+        """Which operations a step's time on the device goes to, as torch's profiler tables them."""
+
+        def work() -> str:
+            from torch.profiler import ProfilerActivity, profile
+
+            make = list(self.variants().values())[-1]
+            thing = make()
+            for _ in range(3):
+                thing.step()
+            self.wait()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
+                for _ in range(2):
+                    thing.step()
+                self.wait()
+            return told.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
+
+        return self.attempt("profile", work) if self.device.type == "cuda" else None
+
     def report(self) -> dict[str, Any]:
-        speeds = self.speeds()
-        flops, peak = self.flops(), self.peak()
-        fastest = min((n for n in speeds if n != "plain"), key=lambda n: speeds[n]["seconds"], default=None)
+        wanted = self.args.parts
+        speeds = self.speeds() if "speeds" in wanted else {}
+        flops, peak = (self.flops(), self.peak()) if "speeds" in wanted else (None, 0.0)
+        if "profile" in wanted:
+            print(self.profile(), file=sys.stderr)
+        plain = next((name for name in speeds if name.startswith("plain")), "plain")
+        ours = [name for name in speeds if not name.startswith("plain")]
+        fastest = min(ours, key=lambda n: speeds[n]["seconds"], default=None)
         ratio = lambda a, b: speeds[a]["seconds"] / speeds[b]["seconds"] if a in speeds and b in speeds else None  # noqa: E731
         still = "all resident, a pass a teacher"
         return {
             "device": device_name(self.device), "torch": torch.__version__, "commit": commit(),
             "date": str(date.today()), "teachers": self.teachers, "rows": self.rows, "precision": self.half,
             "latent": list(self.subjects.latents.shape[1:]), "speeds": speeds, "fastest": fastest,
-            "times_plain": ratio("plain", fastest) if fastest else None,
+            "times_plain": ratio(plain, fastest) if fastest else None, "plain": plain,
             "rotation_cost": {f"resident {r}": (ratio(f"resident {r}, a pass a teacher", still) or float("nan")) - 1
                               for r in (1, 2)},
             "flops_a_step": flops, "matmul_peak": peak,
             "share_of_peak": flops / speeds[fastest]["seconds"] / peak if fastest and flops else None,
-            "peak_vram": self.memory(), "failed": self.failed,
+            "peak_vram": self.memory() if "memory" in wanted else {}, "failed": self.failed,
         }  # fmt: skip
 
 
@@ -218,6 +251,8 @@ def main() -> None:
     parser.add_argument("--pixels", type=int)
     parser.add_argument("--steps", type=int, help="timed steps of each variant")
     parser.add_argument("--rounds", type=int, default=3, help="on a CPU: how often the variants take turns")
+    parser.add_argument("--parts", nargs="+", choices=["speeds", "memory", "profile"], default=["speeds", "memory"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants that are timed; the last one is profiled")
     parser.add_argument("--compile", action="store_true", help="time a compiled trainer too")
     parser.add_argument("--folder", type=Path, help="where the models are made and kept")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def added(context: Context, x_t: Tensor) -> dict[str, Tensor] | None:
     return {"text_embeds": context.pooled, "time_ids": sizes}
 
 
-@lru_cache(maxsize=64)  # a tensor made of Python numbers makes the device wait
+@cache  # a tensor made of Python numbers makes the device wait; a recording of kernels finds it where it was
 def time_ids(height: int, width: int, device: torch.device) -> Tensor:
     """SDXL's six numbers (1, 6) for latents of this size: size before cropping, crop, size wanted."""
     size = [float(PIXELS * height), float(PIXELS * width)]

@@ -213,7 +213,8 @@ class Distillation:
     def be_sparing(self) -> None:
         """Make the modules follow ``economy``, and let go of what an interrupted step has left."""
         self.optimizer.zero_grad()
-        self.teachers.keep(self.economy.resident)
+        graphs = self.spec.cuda_graphs if self.spec.cuda_graphs is not None else not self.economy.checkpointing
+        self.teachers.keep(self.economy.resident, graphs and self.device.type == "cuda")
         if self.economy.checkpointing:
             self.student.unet.train().enable_gradient_checkpointing()  # older diffusers do it in train mode alone
         if self.critic:

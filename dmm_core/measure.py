@@ -123,7 +123,7 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
         noise = torch.randn(x0.shape, generator=rng).to(x0.device)
         x_t, t = add_noise(x0, noise, t.to(x0.device)), t.to(x0.device)
         own, unet = bench.teachers.context(index, prompt), bench.teachers.unet(index)
-        wanted = _in_chunks(partial(bench.teachers.told, index, unet), x_t, t, own)
+        wanted = _in_chunks(partial(bench.teachers.told, index, partial(predict, unet)), x_t, t, own)
         context = bench.context[prompt]
         style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
         labels = style.expand(count, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.adamw import adamw
 from dmm_core.errors import BadInput
 from dmm_core.recipe import TrainSpec
 
-EIGHT_BIT = ("bitsandbytes", "torchao")
+EIGHT_BIT = "bitsandbytes"  # the library
 TOGETHER = 1 << 22  # values that are copied to float32 at a time: a GPU's cache holds them until they are rounded
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -29,6 +30,16 @@ def round_at_random_(x: Tensor, generator: torch.Generator) -> None:
     """
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     x.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+
+
+def adam_state(p: Tensor, fused: bool) -> dict[str, Any]:
+    """What torch's AdamW keeps of a weight, before its first step, with float32 moments."""
+    zeros = [torch.zeros_like(p, dtype=torch.float32) for _ in range(2)]
+    return {
+        "step": torch.zeros((), device=p.device if fused else "cpu"),
+        "exp_avg": zeros[0],
+        "exp_avg_sq": zeros[1],
+    }
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -70,9 +81,63 @@ class StochasticAdamW(torch.optim.Optimizer):
             maximize=False,
         )  # fmt: skip
         if first.dtype == torch.bfloat16:
-            seed = hash((self.seed, self.number, self.places[first])) & 0x7FFFFFFF
-            round_at_random_(copies, torch.Generator(first.device).manual_seed(seed))
+            round_at_random_(copies, self.generator(first))
         torch._foreach_copy_(weights, parts)
+
+    def generator(self, first: Tensor) -> torch.Generator:
+        """Random bits of this step for weights of which this is the first."""
+        seed = hash((self.seed, self.number, self.places[first])) & 0x7FFFFFFF
+        return torch.Generator(first.device).manual_seed(seed)
+
+    def first_state(self, p: Tensor) -> dict[str, Any]:
+        """Moments of 0, and the counter where the kernel wants it."""
+        return adam_state(p, self.fused)
+
+
+class EightBitAdamW(StochasticAdamW):
+    """The same with 8-bit moments, 256 values of which share a scale: bitsandbytes' kernel, on any layout of weights.
+
+    Its own optimizer class would make every weight contiguous in the order of its axes, wait for the device after each,
+    and round bfloat16 weights to the nearest. Small weights keep float32 moments, as there.
+    """
+
+    SMALL, BLOCK = 4096, 256
+
+    def first_state(self, p: Tensor) -> dict[str, Any]:
+        if p.numel() < self.SMALL:
+            return super().first_state(p)
+        codes = [torch.zeros(p.numel(), dtype=torch.uint8, device=p.device) for _ in range(2)]
+        scales = [torch.zeros(-(-p.numel() // self.BLOCK), device=p.device) for _ in range(2)]
+        return {"step": 0, "codes1": codes[0], "codes2": codes[1], "absmax1": scales[0], "absmax2": scales[1]}
+
+    def update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        if small := [p for p in weights if "codes1" not in self.state[p]]:
+            super().update(small, group)
+        for p in weights:
+            if "codes1" in self.state[p]:
+                self.update_large(p, self.state[p], group)
+
+    def update_large(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        narrow = p.dtype == torch.bfloat16
+        flat, parts = _float_copies([p]) if narrow else (p.as_strided((p.numel(),), (1,)), [])
+        gradient, _ = _float_copies([p.grad], like=[p])
+        state["step"] += 1
+        torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+            "adam", gradient, flat, state["codes1"], state["codes2"], *group["betas"], 0.0, 0.0, group["eps"],
+            state["step"], group["lr"], _eight_bit_values(True, p.device), _eight_bit_values(False, p.device),
+            state["absmax1"], state["absmax2"], group["weight_decay"], 1.0, False,
+        )  # fmt: skip
+        if narrow:
+            round_at_random_(flat, self.generator(p))
+            p.copy_(parts[0])
+
+
+@cache
+def _eight_bit_values(signed: bool, device: torch.device) -> Tensor:
+    """What the codes 0 … 255 of a moment stand for, times its block's scale."""
+    import bitsandbytes
+
+    return bitsandbytes.functional.create_dynamic_map(signed=signed).to(device)
 
 
 def _together(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -130,24 +195,16 @@ class StudentOptimizer:
         spec = self.spec
         more: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "weight_decay": spec.weight_decay}
         narrow = any(p.dtype == torch.bfloat16 for p in self.parameters)
-        if spec.optimizer == "adamw8bit":
-            return _eight_bit(groups, self.device, narrow, more)
         self.fused = self.device.type == "cuda" or (self.device.type == "cpu" and TORCH >= (2, 4))
+        if spec.optimizer == "adamw8bit":
+            need_eight_bit()
+            return EightBitAdamW(groups, self.places, spec.seed, self.fused, **more)
         if narrow:
             return StochasticAdamW(groups, self.places, spec.seed, self.fused, **more)
         return torch.optim.AdamW(groups, fused=self.fused, **more)
 
     def _first_state(self, optimizer: Any, p: Tensor) -> dict[str, Any]:
-        kind = type(optimizer).__module__.partition(".")[0]
-        if kind == "bitsandbytes":
-            optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
-            return optimizer.state[p]
-        if kind == "torchao":
-            moments = (optimizer._new_buffer(p, True), optimizer._new_buffer(p, False))
-            return dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.tensor(0.0), *moments), strict=True))
-        where = p.device if self.fused else "cpu"
-        zeros = [torch.zeros_like(p, dtype=torch.float32) for _ in range(2)]
-        return {"step": torch.zeros((), device=where), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+        return optimizer.first_state(p) if isinstance(optimizer, StochasticAdamW) else adam_state(p, self.fused)
 
     def _owners(self) -> Iterator[tuple[Tensor, Any]]:
         for i, p in enumerate(self.parameters):
@@ -166,10 +223,7 @@ class StudentOptimizer:
             if isinstance(optimizer, StochasticAdamW):
                 optimizer.number = step
             for group in optimizer.param_groups:
-                lr = group["peak"] * lr_factor
-                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr  # torchao's is a tensor
-        if self.spec.optimizer == "adamw8bit":  # torchao rounds with the global generator
-            torch.manual_seed(hash((self.spec.seed, step)) & 0x7FFFFFFF)
+                group["lr"] = group["peak"] * lr_factor
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -219,27 +273,14 @@ class StudentOptimizer:
 
 
 def _plain(value: Any) -> dict[str, Tensor]:
-    """A value of an optimizer's state as tensors that a file can hold; 8-bit moments are several."""
-    if not isinstance(value, Tensor):
-        return {"#": torch.tensor(value)}
-    if hasattr(value, "__tensor_flatten__"):
-        return {f".{name}": getattr(value, name) for name in value.__tensor_flatten__()[0]}
-    return {"": value}
+    """A value of an optimizer's state as a tensor that a file can hold."""
+    return {"": value} if isinstance(value, Tensor) else {"#": torch.tensor(value)}
 
 
-def _eight_bit(groups: list[dict[str, Any]], device: torch.device, narrow: bool, more: dict[str, Any]) -> Any:
-    """AdamW with 8-bit moments: bitsandbytes on CUDA, torchao elsewhere and for weights that are rounded at random."""
-    there = [name for name in EIGHT_BIT if importlib.util.find_spec(name)]
-    if device.type == "cuda" and not narrow and "bitsandbytes" in there:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(groups, **more)
-    if "torchao" in there:
-        from torchao.optim import AdamW8bit
-
-        return AdamW8bit(groups, bf16_stochastic_round=narrow, **more)
-    wanted = "torchao" if narrow or device.type != "cuda" else "bitsandbytes or torchao"
-    raise BadInput(
-        f"train.optimizer adamw8bit needs {wanted}, which is not installed here",
-        hint=f"Run: pip install {wanted.partition(' ')[0]}. Or set train.optimizer: adamw.",
-    )
+def need_eight_bit() -> None:
+    """Raises BadInput where there are no 8-bit moments."""
+    if not importlib.util.find_spec(EIGHT_BIT):
+        raise BadInput(
+            f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here",
+            hint=f"Run: pip install {EIGHT_BIT}. Or set train.optimizer: adamw.",
+        )

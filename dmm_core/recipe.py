@@ -26,7 +26,8 @@ Device = Annotated[str, Pattern(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto, cpu, m
 
 
 # Keys of train that may change between two sittings: roundings follow at most, and mostly not even those.
-FREE = ("save_every", "device", "resident", "processes", "checkpointing", "channels_last", "compile")
+FREE = ("save_every", "device", "resident", "processes", "checkpointing", "channels_last", "compile",
+        "cuda_graphs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class TrainSpec:
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, 0: none).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
-    random; ``optimizer`` adamw8bit needs bitsandbytes or torchao; ``fused_backward`` updates each weight as soon as its
+    random; ``optimizer`` adamw8bit needs bitsandbytes; ``fused_backward`` updates each weight as soon as its
     gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice instead
-    of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly).
+    of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly),
+    ``cuda_graphs`` of the teachers (None: on CUDA, unless ``checkpointing`` tells that memory is short).
     """
 
     start: Literal["average", "base"] = "average"
@@ -119,6 +121,7 @@ class TrainSpec:
     checkpointing: bool = False
     channels_last: bool | None = None
     compile: bool = False
+    cuda_graphs: bool | None = None
 
 
 @dataclass(frozen=True)

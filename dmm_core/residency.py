@@ -10,6 +10,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.reader import TensorInfo
+from dmm_core.conditioning import Context, predict
+from dmm_core.losses import BlockFeatures
 from dmm_core.memory import available_ram
+from dmm_core.speed import Recorded
 
 PINNED_BLOCK = 1 << 28  # bytes; pinned memory is handed out in powers of two
 SAMPLE = 64  # values by which most unequal tensors are told apart
@@ -127,6 +131,7 @@ class Slot:
         self.targets = {key: tensor.detach() for key, tensor in unet.state_dict().items()}
         self.used: Any = None  # end of the last known use
         self.filled: Any = None  # end of the last copy
+        self.recordings: dict[bool, Recorded] = {}  # with the blocks' outputs, and without
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -152,3 +157,20 @@ class Slot:
         """What was launched so far is the last use, until ``take`` is called again."""
         if self.stream is not None:
             self.used = torch.cuda.current_stream().record_event()
+
+    def answer(self, x_t: Tensor, t: Tensor, context: Context, features: bool, pool: Any = None) -> list[Tensor]:
+        """What the UNet says of x_t (B, 4, h, w), and its blocks' outputs if wanted.
+
+        ``pool``: of the recording of its kernels that is made, or replayed; None calls the UNet itself.
+        """
+        inputs = [x for x in (x_t, t, context.tokens, context.pooled) if x is not None]
+        if pool is None:
+            return self._answer(features, *inputs)
+        if features not in self.recordings:
+            self.recordings[features] = Recorded(partial(self._answer, features), pool)
+        return self.recordings[features](*inputs)
+
+    def _answer(self, features: bool, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> list:
+        with BlockFeatures(self.unet, enabled=features) as blocks:
+            said = predict(self.unet, x_t, t, Context(tokens, pooled))
+        return [said, *blocks.take()]

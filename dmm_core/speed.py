@@ -37,6 +37,8 @@ def quicken(unet: Any, channels_last: bool, compiled: bool, backend: str = "indu
     """
     if channels_last:
         unet.to(memory_format=torch.channels_last)
+    if unet.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # a training meets few shapes, each of them thousands of times
     if compiled:
         import torch._dynamo.config as dynamo
 
@@ -77,3 +79,43 @@ def side_by_side(work: Callable[[Item], Made], items: Sequence[Item], device: to
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+class Recorded:
+    """A function of tensors that records its kernels for each shape of them, and replays them (CUDA graphs).
+
+    A UNet of few rows launches hundreds of short kernels: from Python that takes longer than running them. The function
+    gives a list of tensors, reads no number off them, and finds its weights where they were (their values may change).
+
+    Args:
+        pool: memory that may be shared with other recordings (``torch.cuda.graph_pool_handle``): what a call gives is
+            copied out of it at once, so that the next recording's replay may overwrite it.
+    """
+
+    WARM = 2  # calls before the recording, in which libraries choose their kernels and compiled blocks are compiled
+
+    def __init__(self, function: Callable[..., list[Tensor]], pool: Any) -> None:
+        self.function, self.pool = function, pool
+        self.recordings: dict[Any, tuple[Any, list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self.recordings:
+            self.recordings[key] = self._record([x.clone() for x in inputs])
+        graph, places, outputs = self.recordings[key]
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return [output.clone() for output in outputs]
+
+    def _record(self, places: list[Tensor]) -> tuple[Any, list[Tensor], list[Tensor]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM):
+                self.function(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = self.function(*places)
+        return graph, places, outputs

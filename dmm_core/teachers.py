@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
-from dmm_core.conditioning import Context, encode_prompts, predict
+from dmm_core.conditioning import Context, encode_prompts
 from dmm_core.diffusion import to_epsilon, zero_snr_times
 from dmm_core.extension import StyleTeacher
-from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_text_encoders, build_unet
 from dmm_core.residency import HostStore, Slot, host_store
 from dmm_core.speed import quicken, to_device
@@ -53,6 +52,7 @@ class Teachers:
         self._store: HostStore | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._next: deque[int] = deque()
+        self._pool: Any = None
         self._embeddings: dict[int, Context] = {}
 
     def __len__(self) -> int:
@@ -102,9 +102,16 @@ class Teachers:
         """Which teachers will be asked to ``predict``, in this order: each is on its way while the one before works."""
         self._next = deque(order)
 
-    def keep(self, resident: int) -> None:
-        """Change how many may be on the device; the least recently used ones go."""
+    def keep(self, resident: int, record: bool = False) -> None:
+        """Change how many may be on the device; the least recently used ones go.
+
+        Args:
+            record: whether ``predict`` records and replays a UNet's kernels, for which it keeps memory.
+        """
         self.resident = resident
+        self._pool = torch.cuda.graph_pool_handle() if record else None
+        for slot in self._unets.values():
+            slot.recordings.clear()
         if resident < len(self._unets) and any(isinstance(ck, StyleTeacher) for ck in self.checkpoints):
             self._unets.clear()  # some share weights, which must not be overwritten
         while len(self._unets) > resident:
@@ -138,18 +145,26 @@ class Teachers:
         self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted."""
-        unet = self.unet(index)
-        with BlockFeatures(unet, enabled=features) as blocks:
-            told = self.told(index, unet, x_t, t, self.context(index, prompts))
-        self._unets[index].release()
-        self._prefetch(index)
-        return told, blocks.take()
+        self.unet(index)
+        slot, outputs = self._unets[index], []
 
-    def told(self, index: int, unet: Any, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
-        """What ``predict`` gives, of teacher ``index``'s UNet and embeddings of its own: changes nothing here."""
+        def ask(x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+            said, *more = slot.answer(x_t, t, context, features, self._pool)
+            outputs.extend(more)
+            return said
+
+        told = self.told(index, ask, x_t, t, self.context(index, prompts))
+        slot.release()
+        self._prefetch(index)
+        return told, outputs
+
+    def told(
+        self, index: int, ask: Callable[[Tensor, Tensor, Context], Tensor], x_t: Tensor, t: Tensor, context: Context
+    ) -> Tensor:
+        """What ``predict`` gives, of what teacher ``index``'s UNet says when it is asked: changes nothing here."""
         its = self.checkpoints[index]
         asked = zero_snr_times(t.device)[t] if its.zero_snr else t
-        told = predict(unet, x_t, asked, context).float()
+        told = ask(x_t, asked, context).float()
         return told if its.prediction_type == self.prediction_type else to_epsilon(told, x_t, t, its.prediction_type)
 
     def sampling(self, index: int) -> dict[str, Any]:

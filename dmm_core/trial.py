@@ -16,6 +16,7 @@ import torch
 from dmm_core.economy import is_out_of_memory
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
+from dmm_core.optim import EIGHT_BIT
 from dmm_core.recipe import Recipe, TrainSpec
 from dmm_core.sizes import largest, latent_sizes
 from dmm_core.stages import stage_recipes
@@ -192,10 +193,9 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
         if not spec.fused_backward:
             add(micro=1)
     add(checkpointing=True)
-    if importlib.util.find_spec("torchao") or (device.startswith("cuda") and importlib.util.find_spec("bitsandbytes")):
+    if importlib.util.find_spec(EIGHT_BIT):
         add(optimizer="adamw8bit")
-    narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported() and spec.precision in ("auto", "bf16")
-    if narrow and (importlib.util.find_spec("torchao") or ladder[-1].get("optimizer") != "adamw8bit"):
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported() and spec.precision in ("auto", "bf16"):
         add(weights="bf16")
     add(student="lora")
     return ladder
