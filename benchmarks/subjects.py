@@ -11,9 +11,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.full_size import SD15, SDXL
+from benchmarks.full_size import CLIP_G, CLIP_L, SD15, SDXL, VAE
 from dmm_core.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
-from dmm_core.checkpoint.shapes import unet_shapes
+from dmm_core.checkpoint.shapes import Shapes, text_shapes, unet_shapes, vae_shapes
 from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.distill import Distillation
@@ -83,16 +83,33 @@ class Subjects:
 
 def random_full(path: Path, family: str, seed: int, device: torch.device) -> Path:
     """A full-size UNet whose outputs are of order 1, as float16 in a file (SD1.5 1.7 GB, SDXL 5.1 GB)."""
-    if path.exists():
-        return path
+    if not path.exists():
+        unet = random_weights(unet_shapes(FULL[family][0]), seed, device)
+        write_checkpoint(path, family=family, unet=unet, vae=None, text_encoders=[], metadata={})
+    return path
+
+
+def random_whole(path: Path, family: str, seed: int, device: torch.device) -> Path:
+    """The same with VAE and text encoders, which are the same for every seed."""
+    if not path.exists():
+        texts = [CLIP_L] if family == "sd15" else [CLIP_L, {**CLIP_G, "projection_dim": POOLED}]
+        write_checkpoint(
+            path, family=family, unet=random_weights(unet_shapes(FULL[family][0]), seed, device),
+            vae=random_weights(vae_shapes(VAE), 100, device), vae_config=VAE,
+            text_encoders=[random_weights(text_shapes(config), 101, device) for config in texts], metadata={},
+        )  # fmt: skip
+    return path
+
+
+def random_weights(shapes: Shapes, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """float16 tensors on the CPU, scaled so that layers keep the size of what they are given."""
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
-    for key, shape in unet_shapes(FULL[family][0]).items():
+    for key, shape in shapes.items():
         noise = torch.randn(shape, generator=generator, device=device)
         if len(shape) > 1:
             value = noise * torch.Size(shape[1:]).numel() ** -0.5
         else:
             value = (1 + 0.1 * noise) if key.endswith("weight") else 0.1 * noise
         state[key] = value.half().cpu()
-    write_checkpoint(path, family=family, unet=state, vae=None, text_encoders=[], metadata={})
-    return path
+    return state

@@ -38,6 +38,7 @@ from dmm_core.recipe import TrainSpec
 
 SMALL_FULL = {"weights": "bf16", "fused_backward": True, "checkpointing": True, "resident": 1, "teachers_per_step": 1}
 SMALL_LORA = {"student": "lora", "weights": "bf16", "checkpointing": True, "resident": 1, "micro": 1, "rank": 64}
+SMALL_LORA_XL = {**SMALL_LORA, "rank": 32, "optimizer": "adamw8bit"}
 
 
 class Bench:
@@ -168,8 +169,14 @@ class Bench:
         if self.device.type != "cuda":
             return found
         self.clear()
-        for name, more in (("full, 8-bit", {**SMALL_FULL, "optimizer": "adamw8bit"}), ("full", SMALL_FULL),
-                           ("LoRA", SMALL_LORA)):  # fmt: skip
+        lora = {"LoRA, rank 64": SMALL_LORA}
+        if self.args.family == "sdxl":
+            lora["LoRA, rank 32, 8-bit"] = SMALL_LORA_XL
+        settings: dict[str, dict[str, Any]] = {
+            "full, 8-bit": {**SMALL_FULL, "optimizer": "adamw8bit"},
+            "full": SMALL_FULL,
+        }
+        for name, more in {**settings, **lora}.items():
             for batch in (1, self.batch):
 
                 def work(more: dict[str, Any] = more, batch: int = batch) -> int:
