@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.full_size import CLIP_G, CLIP_L, SD15, SDXL, VAE
-from dmm_core.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from dmm_core.checkpoint import open_checkpoint, write_checkpoint
 from dmm_core.checkpoint.shapes import Shapes, text_shapes, unet_shapes, vae_shapes
 from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
@@ -20,6 +21,7 @@ from dmm_core.distill import Distillation
 from dmm_core.models import build_unet
 from dmm_core.plan import choose_precision
 from dmm_core.recipe import TrainSpec
+from dmm_core.residency import HostStore
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
@@ -29,30 +31,52 @@ POOLED = 1280  # width of SDXL's pooled embedding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True, eq=False)
+class RandomTeacher:
+    """As much of a checkpoint as the trainer asks of one: a full-size UNet of random weights, which lies in no file."""
+
+    family: str
+    seed: int
+    device: torch.device
+    prediction_type: str = "epsilon"
+    zero_snr: bool = False
+
+    @property
+    def path(self) -> Path:
+        return Path(f"{self.family} {self.seed}.safetensors")
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        return FULL[self.family][0]
+
+    def unet(self) -> dict[str, Tensor]:
+        """Made on the device, at once and the same each time."""
+        return random_weights(unet_shapes(self.unet_config), self.seed, self.device)
+
+
 @dataclass
 class Subjects:
     """Checkpoints of one architecture, and random data that fits them."""
 
-    checkpoints: list[Checkpoint]
+    checkpoints: list[Any]
     device: torch.device
     latents: Tensor
     context: Context
+    store: HostStore | None = None  # random teachers in pinned memory, made when first needed
 
     @classmethod
     def make(
         cls, device: torch.device, count: int, folder: Path, pixels: int | None = None, family: str = "sd15"
     ) -> Subjects:
-        """``count`` teachers; files that are in the folder already are used again."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """``count`` teachers."""
+        checkpoints: list[Any]
         if device.type == "cpu":
             from mini_family.family import LATER, TEACHERS, unpack
 
             paths = unpack(folder, [*TEACHERS, *LATER][:count])[1:]
-            pixels = pixels or 64
+            checkpoints, pixels = [open_checkpoint(path) for path in paths], pixels or 64
         else:
-            paths = [random_full(folder / f"{family} {i}.safetensors", family, i, device) for i in range(count)]
-            pixels = pixels or FULL[family][1]
-        checkpoints = [open_checkpoint(path) for path in paths]
+            checkpoints, pixels = [RandomTeacher(family, i, device) for i in range(count)], pixels or FULL[family][1]
         generator = torch.Generator().manual_seed(0)
         width = checkpoints[0].unet_config["cross_attention_dim"]
         latents = torch.randn(64, 4, pixels // 8, pixels // 8, generator=generator)
@@ -70,6 +94,8 @@ class Subjects:
         precision = choose_precision(spec.precision, self.device.type, spec.weights)
         last = wants_channels_last(spec.channels_last, self.device)
         pool = Teachers(checkpoints, self.device, DTYPES[precision], spec.resident, last, spec.compile)
+        if pool.resident < len(checkpoints) and isinstance(checkpoints[0], RandomTeacher):
+            pool._store = self.store = self.store or pinned_store(checkpoints, DTYPES[precision], last)
         pool._embeddings = dict.fromkeys(range(len(checkpoints)), self.context.to(DTYPES[precision]))
         names = tuple(checkpoint.path.stem for checkpoint in checkpoints)
         student = Student.start(
@@ -81,28 +107,30 @@ class Subjects:
         return Distillation(student, pool, data, self.context, spec, precision)
 
 
-def random_full(path: Path, family: str, seed: int, device: torch.device) -> Path:
-    """A full-size UNet whose outputs are of order 1, as float16 in a file (SD1.5 1.7 GB, SDXL 5.1 GB)."""
-    if not path.exists():
-        unet = random_weights(unet_shapes(FULL[family][0]), seed, device)
-        write_checkpoint(path, family=family, unet=unet, vae=None, text_encoders=[], metadata={})
-    return path
+def pinned_store(teachers: list[RandomTeacher], dtype: torch.dtype, channels_last: bool) -> HostStore:
+    """What ``residency.host_store`` makes of files."""
+    store = HostStore(dtype, True, channels_last)
+    store._teachers = {teacher: {k: store._pin(v) for k, v in teacher.unet().items()} for teacher in teachers}  # type: ignore[misc]
+    return store
 
 
 def random_whole(path: Path, family: str, seed: int, device: torch.device) -> Path:
-    """The same with VAE and text encoders, which are the same for every seed."""
+    """A file of a full-size model of random weights, float16. VAE and text encoders are the same for every seed."""
     if not path.exists():
         texts = [CLIP_L] if family == "sd15" else [CLIP_L, {**CLIP_G, "projection_dim": POOLED}]
+
+        def weights(shapes: Shapes, seed: int) -> dict[str, Tensor]:
+            return {key: value.cpu() for key, value in random_weights(shapes, seed, device).items()}
+
         write_checkpoint(
-            path, family=family, unet=random_weights(unet_shapes(FULL[family][0]), seed, device),
-            vae=random_weights(vae_shapes(VAE), 100, device), vae_config=VAE,
-            text_encoders=[random_weights(text_shapes(config), 101, device) for config in texts], metadata={},
+            path, family=family, unet=weights(unet_shapes(FULL[family][0]), seed), vae=weights(vae_shapes(VAE), 100),
+            vae_config=VAE, text_encoders=[weights(text_shapes(config), 101) for config in texts], metadata={},
         )  # fmt: skip
     return path
 
 
 def random_weights(shapes: Shapes, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """float16 tensors on the CPU, scaled so that layers keep the size of what they are given."""
+    """float16 tensors on the device, scaled so that layers keep the size of what they are given."""
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for key, shape in shapes.items():
@@ -111,5 +139,5 @@ def random_weights(shapes: Shapes, seed: int, device: torch.device) -> dict[str,
             value = noise * torch.Size(shape[1:]).numel() ** -0.5
         else:
             value = (1 + 0.1 * noise) if key.endswith("weight") else 0.1 * noise
-        state[key] = value.half().cpu()
+        state[key] = value.half()
     return state

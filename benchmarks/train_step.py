@@ -73,6 +73,8 @@ class Bench:
         }
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
+        if self.args.family == "sdxl":
+            pairs["all resident, two teachers a pass"] = {**fast, "micro": 2}
         if self.args.compile:
             pairs["all resident, compiled"] = {**fast, "compile": True}
             pairs["resident 1, a pass a teacher, compiled"] = {**fast, "resident": 1, "micro": 1, "compile": True}
@@ -135,7 +137,9 @@ class Bench:
                         thing.step()
                     return self.seconds(thing)
 
-                times.setdefault(name, []).extend(self.attempt(name, work) or [])
+                found = self.attempt(name, work) or []
+                times.setdefault(name, []).extend(found)
+                print(name, [round(seconds, 4) for seconds in found] or self.failed.get(name), file=sys.stderr)
         medians = {name: statistics.median(found) for name, found in times.items() if found}
         return {name: {"seconds": s, "samples_per_second": self.rows / s} for name, s in medians.items()}
 
@@ -143,7 +147,7 @@ class Bench:
         """Floating-point operations of one step, counted (convolutions, matrix products, attention)."""
 
         def work() -> float:
-            run = self.subjects.distillation(self.spec())
+            run = self.subjects.distillation(self.spec(cuda_graphs=False, micro=1))  # a replay hides what it does
             with FlopCounterMode(display=False) as counter:
                 run.step()
             return float(counter.get_total_flops())
@@ -179,15 +183,20 @@ class Bench:
         for name, more in {**settings, **lora}.items():
             for batch in (1, self.batch):
 
-                def work(more: dict[str, Any] = more, batch: int = batch) -> int:
-                    run = self.subjects.distillation(self.spec(**{**more, "batch": batch}))
+                def work(more: dict[str, Any] = more, batch: int = batch) -> dict[str, int]:
+                    run = self.subjects.distillation(self.spec(**{**more, "batch": batch}), teachers=2)
+                    torch.cuda.empty_cache()
                     for _ in range(3):
                         if run.step().warnings:
                             raise torch.cuda.OutOfMemoryError("had to step down")
-                    return torch.cuda.max_memory_allocated()
+                    return {
+                        "allocated": torch.cuda.max_memory_allocated(),
+                        "reserved": torch.cuda.max_memory_reserved(),
+                    }
 
                 told = f"{name}, {batch} rows"
                 found[told] = self.attempt(told, work)
+                print(told, gib(found[told]), file=sys.stderr)
         return found
 
     def profile(self) -> str | None:
@@ -233,6 +242,10 @@ class Bench:
         }  # fmt: skip
 
 
+def gib(sizes: dict[str, int] | None) -> str:
+    return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items()) if sizes else "not measured"
+
+
 def table(found: dict[str, Any]) -> str:
     number = lambda value, form: "not measured" if value is None else format(value, form)  # noqa: E731
     lines = [f"{found['device']}, torch {found['torch']}, {found['teachers']} teachers, {found['rows']} rows a step"]
@@ -242,9 +255,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"rotation, {name}: {100 * cost:+.1f} %" for name, cost in found["rotation_cost"].items()]
     share = number(found["share_of_peak"], ".1%")
     lines.append(f"share of the matmul peak ({found['matmul_peak'] / 1e12:.2f} TFLOP/s): {share}")
-    lines += [
-        f"peak VRAM, {name}: {number(size and size / 2**30, '.2f')} GiB" for name, size in found["peak_vram"].items()
-    ]
+    lines += [f"peak VRAM, {name}: {gib(sizes)}" for name, sizes in found["peak_vram"].items()]
     lines += [f"could not run {name}: {why}" for name, why in found["failed"].items()]
     return "\n".join(lines)
 
