@@ -49,6 +49,9 @@ class RandomTeacher:
     def unet_config(self) -> dict[str, Any]:
         return FULL[self.family][0]
 
+    def shapes(self, part: str) -> Shapes:
+        return unet_shapes(self.unet_config) if part == "unet" else {}
+
     def unet(self) -> dict[str, Tensor]:
         """Made on the device, at once and the same each time."""
         return random_weights(unet_shapes(self.unet_config), self.seed, self.device)

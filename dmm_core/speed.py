@@ -37,8 +37,6 @@ def quicken(unet: Any, channels_last: bool, compiled: bool, backend: str = "indu
     """
     if channels_last:
         unet.to(memory_format=torch.channels_last)
-    if unet.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # a training meets few shapes, each of them thousands of times
     if compiled:
         import torch._dynamo.config as dynamo
 

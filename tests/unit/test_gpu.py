@@ -10,7 +10,7 @@ from dmm_core.conditioning import Context
 from dmm_core.distill import Distillation
 from dmm_core.speed import Recorded
 from dmm_core.teachers import Teachers
-from tests.unit.merges import after, built, furthest, tiny_teachers
+from tests.unit.merges import after, built, tiny_teachers
 
 pytestmark = pytest.mark.gpu
 ORDER = (0, 1, 2, 0, 1, 2)
@@ -79,18 +79,21 @@ def test_training_learns_and_never_waits_for_the_device(tmp_path, paths, more):
     assert all(map(torch.isfinite, map(torch.tensor, last))) and (sum(last) < sum(first) or "adversarial" in more)
 
 
-def test_a_step_is_the_cpus(tmp_path, paths):
-    """float32 on both: the same samples, the same student after three steps, to rounding."""
-    found = [after(built(tmp_path / "o.safetensors", paths, device=device, lr=1e-4), 3) for device in ("cpu", "cuda")]
+def test_steps_are_the_cpus(tmp_path, paths):
+    """float32 on both, the same samples. Adam's first steps have every weight's sign alone: few of them may differ."""
     begun = after(built(tmp_path / "o.safetensors", paths, device="cpu"), 0)
-    found[1] = {key: value.cpu() for key, value in found[1].items()}
-    assert furthest(*found) < 0.2 * furthest(found[0], begun)
+    moved = []
+    for device in ("cpu", "cuda"):
+        learned = after(built(tmp_path / "o.safetensors", paths, device=device, lr=1e-4), 3)
+        moved.append(torch.cat([(learned[key].cpu() - begun[key]).flatten() for key in begun]))
+    assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
 
 
 def test_a_resumed_run_goes_on_as_the_first(tmp_path, paths):
-    run = built(tmp_path / "o.safetensors", paths, device="cuda", weights="bf16")
+    bf16 = {"device": "cuda", "weights": "bf16", "precision": "auto"}
+    run = built(tmp_path / "o.safetensors", paths, **bf16)
     run.step()
     run.save_state(tmp_path / "state.safetensors")
-    again = built(tmp_path / "o.safetensors", paths, device="cuda", weights="bf16")
+    again = built(tmp_path / "o.safetensors", paths, **bf16)
     again.load_state(tmp_path / "state.safetensors")
     assert again.step().loss == pytest.approx(run.step().loss, rel=1e-2)
