@@ -23,14 +23,11 @@ from safetensors import safe_open
 
 from dmm_core.checkpoint import open_checkpoint
 from mini_family import family
+from tests.hosts.ui.page import FLAGS, MINUTES, SIZES, Page, merge_form
 
 pytestmark = pytest.mark.hosts
 ROOT = Path(__file__).resolve().parents[3]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 TABS = ("Merge", "Inspect", "Mix & export", "Extend", "Evaluate")
-MINUTES = 60_000  # milliseconds; generous, since a merge is at work meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -81,78 +78,11 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-class Page:
-    """The page in one width and theme; what goes wrong in its scripts fails the test at its end."""
-
-    def __init__(self, browser: Any, address: str, size: str = "laptop", theme: str = "light") -> None:
-        width, height = SIZES[size]
-        self.name = f"{size}-{theme}"
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-        self.page.set_default_timeout(MINUTES / 2)  # a click; what a merge needs is said where it is awaited
-        self.errors: list[str] = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(f"{address}?__theme={theme}")
-        self.page.wait_for_selector("#dmm_tabs")
-
-    def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name).first.click()
-
-    def choose(self, elem_id: str, *values: str) -> None:
-        """Pick from a dropdown's list, or type what is not in it."""
-        for value in values:
-            box = self.page.locator(f"#{elem_id} input").first
-            box.click()
-            box.fill(value)
-            option = self.page.get_by_role("option", name=value, exact=True).first
-            try:
-                option.click(timeout=5000)  # the list follows the typing, and may be drawn anew under the mouse
-            except Exception:
-                box.press("Enter")
-            box.press("Escape")
-
-    def fill(self, elem_id: str, value: str) -> None:
-        field = self.page.locator(f"#{elem_id} textarea, #{elem_id} input").first
-        field.fill(value)
-        field.blur()
-
-    def press(self, elem_id: str) -> None:
-        self.page.locator(f"button#{elem_id}, #{elem_id} button").first.click()
-
-    def wait(self, elem_id: str, pattern: str, minutes: float = 8) -> str:
-        """The element's text once it matches."""
-        code = "([id, re]) => { const e = document.getElementById(id); return e && RegExp(re, 's').test(e.innerText); }"
-        try:
-            self.page.wait_for_function(code, arg=[elem_id, pattern], timeout=minutes * MINUTES, polling=250)
-        except Exception as error:
-            raise AssertionError(f"{pattern!r} not in {self.text(elem_id)!r}") from error
-        return self.text(elem_id)
-
-    def text(self, elem_id: str) -> str:
-        return self.page.locator(f"#{elem_id}").inner_text()
-
-    def shot(self, name: str) -> None:
-        if folder := os.environ.get("DMM_SHOTS"):
-            self.page.wait_for_timeout(600)
-            self.page.screenshot(path=str(Path(folder) / f"ui-{name}-{self.name}.png"))
-
-    def close(self) -> None:
-        self.page.close()
-        assert not self.errors
-
-
 @pytest.fixture(scope="module")
 def page(chromium, address) -> Iterator[Page]:
     made = Page(chromium, address)
     yield made
     made.close()
-
-
-def merge_form(page: Page, name: str, *checkpoints: str) -> None:
-    page.tab("Merge")
-    page.choose("dmm_merge_checkpoints", *checkpoints)
-    page.choose("dmm_merge_base", "base.safetensors")
-    page.fill("dmm_merge_name", name)
-    page.page.locator("#dmm_merge_preset").get_by_text("mini", exact=True).click()
 
 
 def test_bad_input_is_a_sentence(page):

@@ -189,9 +189,10 @@ def grid(webui: Webui) -> Iterator[Line]:
     )
     axes = info["args"][0]["choices"]
     values = {"x_type": axes.index("[DMM] style"), "x_values": "ink,clay", "y_type": axes.index("[DMM] slider 3")}
+    reforge = [False, False, 0] if len(info["args"]) > 18 else []  # labels of pictures, no grid, pictures of a grid
     args: list[Any] = [values["x_type"], values["x_values"], ["ink", "clay"], values["y_type"], "0,0.5", [], 0, "", [],
-                       False, True, False, False, False, False, False, 0, True]  # fmt: skip
-    told = webui.draw(script_name="x/y/z plot", script_args=args[: len(info["args"])])
+                       False, *reforge, True, False, False, False, False, False, 0, True]  # fmt: skip
+    told = webui.draw(script_name="x/y/z plot", script_args=args)
     wanted = [{name: 1.0, "水彩, wet": third} for third in (0.0, 0.5) for name in ("ink", "clay")]
     alone = [webui.draw({"weights": mix}).pictures[0] for mix in wanted]
     pictures = [picture for picture in told.pictures if picture.shape == alone[0].shape]
