@@ -33,9 +33,7 @@ PYTHON = (3, 10)  # as pyproject.toml says
 OLDEST_TORCH = (2, 4)  # older ones do not go with transformers
 EXTRAS = {"--demo": ("train",), "--ui": ("train", "ui"), "--test": ("train", "dev"), "--train": ("train",)}
 # With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
-ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "peft", "pytest", "ruff", "mypy"}
-# What is not needed, but where the host has an old one (Forge does), diffusers does not start beside it.
-NEWER = {"peft": "peft>=0.17"}
+ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "pytest", "ruff", "mypy"}
 
 
 class SetupError(Exception):
@@ -96,8 +94,7 @@ def constraints(torch: str | None) -> str:
 
 
 def requirements(extras: Iterable[str], torch: str | None) -> list[str]:
-    newer = [line for name, line in NEWER.items() if torch and name in host_packages()]
-    return [*([] if torch else ["torch"]), *(line for name in extras for line in extra(name)), *newer]
+    return [*([] if torch else ["torch"]), *(line for name in extras for line in extra(name))]
 
 
 # ---------------------------------------------------------------- the environment

@@ -57,6 +57,14 @@ def training_python() -> Training:
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
+def without_peft() -> None:
+    """For this process there is no peft: nothing here asks for it, and beside an old one diffusers does not start.
+
+    Forge has 0.13, ComfyUI what its node packs have brought.
+    """
+    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
+
+
 def own_python() -> Training:
     """This Python where it can train itself, as in what ``install.py --demo`` made; else as ``training_python``."""
     if not os.environ.get(VARIABLE) and all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dmm_core.economy import is_out_of_memory
+from dmm_core.environment import without_peft
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import EIGHT_BIT
@@ -57,6 +58,7 @@ def try_out(recipe: Recipe) -> Trial | None:
 def _child(recipe: Recipe, answer: Any) -> None:
     import traceback
 
+    without_peft()
     try:
         answer.send(run_trial(recipe))
     except BadInput as error:

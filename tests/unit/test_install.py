@@ -137,16 +137,6 @@ def test_a_torch_that_is_there_is_used(install, monkeypatch):
     assert "torch==" not in limits and "numpy==" not in limits and "diffusers==" in limits
 
 
-def test_an_old_peft_of_the_host_is_overlaid(host):
-    """Forge has 0.13, beside which diffusers 0.39 does not start; hosts without any get none."""
-    host.host_packages = lambda: {"torch": "2.8.0", "peft": "0.13.2"}
-    host.main(["--train"])
-    (pip,) = pips(host)
-    assert "peft>=0.17" in pip and "peft==" in (host.TRAIN / "constraints.txt").read_text(encoding="utf-8")
-    host.host_packages = lambda: {"torch": "2.8.0"}
-    assert host.train_environment() is None and "peft>=0.17" not in host.requirements(("train",), "2.8.0")
-
-
 @pytest.mark.parametrize(("version", "used"), [("2.4.0", True), ("2.13.0+cpu", True), ("2.1.2", False), ("", False)])
 def test_how_old_a_torch_may_be(install, version, used):
     install.host_packages = lambda: {"torch": version}

@@ -55,7 +55,8 @@ def start(page: Page) -> None:
         page.page.locator("#dmm_install").wait_for(state="hidden", timeout=20 * MINUTES)
         print(f"the button made an environment for training in {time.monotonic() - began:.0f} s")
     page.press("dmm_merge_start")
-    page.wait("dmm_card", r"step [1-9]\d* of", minutes=5)
+    told = page.wait("dmm_card", r"step [1-9]\d* of|failed", minutes=5)
+    assert "failed" not in told, told
 
 
 def check(page: Page, url: str, out: Path) -> None:
