@@ -110,6 +110,7 @@ def draw_losses(draw: Any, names: Sequence[str], points: Points, box: tuple[int,
     draw.rectangle(box, outline=LINE)
     values = [max(loss, 1e-9) for _, losses in points for loss in losses.values()]
     if len(points) < 2 or not values:
+        write(draw, ((left + right) / 2, (top + bottom) / 2), "lines from the next picture on", SMALL, MUTED, "mm")
         return
     low, high = math.log(min(values)), math.log(max(values))
     first, last = points[0][0], points[-1][0]
