@@ -30,20 +30,15 @@ def launch(root, made, *more):
 def test_three_teachers_over_two_processes(tmp_path, root, capsys, extra):
     """Each step three teachers on two ranks; with one teacher a step, a rank has nothing to do."""
     teachers = tiny_teachers(tmp_path, 3)
-    paths = [tmp_path / name / "o.safetensors" for name in ("one", "two")]
-    said = []
-    for out in paths:
-        out.parent.mkdir()
-        made = recipe(out, teachers, steps=3, **extra)
-        if out == paths[0]:
-            dump_recipe(made, out.with_suffix(".yaml"))
-            assert main(["distill", str(out.with_suffix(".yaml")), "--json"]) == 0
-            said.append(capsys.readouterr().out)
-        else:
-            done = launch(root, made, "--json")
-            assert done.returncode == 0, done.stderr
-            said.append(done.stdout)
-        assert not out.with_name("o.work").exists()
+    alone, together = (recipe(tmp_path / name / "o.safetensors", teachers, steps=3, **extra) for name in ("one", "two"))
+    for made in (alone, together):
+        made.out.parent.mkdir()
+    dump_recipe(alone, alone.out.with_suffix(".yaml"))
+    assert main(["distill", str(alone.out.with_suffix(".yaml")), "--json"]) == 0
+    done = launch(root, together, "--json")
+    assert done.returncode == 0, done.stderr
+    said, paths = (capsys.readouterr().out, done.stdout), (alone.out, together.out)
+    assert not any(path.with_name("o.work").exists() for path in paths)
     for (line,) in (told.strip().splitlines() for told in said):
         assert json.loads(line)["samples_seen"] == 3 * 2 * (1 if extra else 3)
     opened = map(open_checkpoint, paths)
