@@ -6,6 +6,7 @@ Bytes a parameter, for weight + gradient + two moments: 16 (fp32), 12 (bf16 weig
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -197,7 +198,11 @@ class StudentOptimizer:
         narrow = any(p.dtype == torch.bfloat16 for p in self.parameters)
         self.fused = self.device.type == "cuda" or (self.device.type == "cpu" and TORCH >= (2, 4))
         if spec.optimizer == "adamw8bit":
-            need_eight_bit()
+            if not has_eight_bit():
+                raise BadInput(
+                    f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here, or too old",
+                    hint=f"Run: pip install -U {EIGHT_BIT}. Or set train.optimizer: adamw.",
+                )
             return EightBitAdamW(groups, self.places, spec.seed, self.fused, **more)
         if narrow:
             return StochasticAdamW(groups, self.places, spec.seed, self.fused, **more)
@@ -277,10 +282,9 @@ def _plain(value: Any) -> dict[str, Tensor]:
     return {"": value} if isinstance(value, Tensor) else {"#": torch.tensor(value)}
 
 
-def need_eight_bit() -> None:
-    """Raises BadInput where there are no 8-bit moments."""
+def has_eight_bit() -> bool:
+    """Whether bitsandbytes is here, and new enough to offer its kernels as torch's operators."""
     if not importlib.util.find_spec(EIGHT_BIT):
-        raise BadInput(
-            f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here",
-            hint=f"Run: pip install {EIGHT_BIT}. Or set train.optimizer: adamw.",
-        )
+        return False
+    importlib.import_module(EIGHT_BIT)
+    return hasattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise")

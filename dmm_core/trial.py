@@ -17,7 +17,7 @@ from dmm_core.economy import is_out_of_memory
 from dmm_core.environment import without_peft
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
-from dmm_core.optim import EIGHT_BIT
+from dmm_core.optim import has_eight_bit
 from dmm_core.recipe import Recipe, TrainSpec
 from dmm_core.sizes import largest, latent_sizes
 from dmm_core.stages import stage_recipes
@@ -181,8 +181,6 @@ def needs_of(recipe: Recipe) -> tuple[Any, ...]:
 
 def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, Any]]:
     """Changes from none to the most sparing; those that cost quality come last."""
-    import importlib.util
-
     ladder: list[dict[str, Any]] = [{}]
 
     def add(**more: Any) -> None:
@@ -195,7 +193,7 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
         if not spec.fused_backward:
             add(micro=1)
     add(checkpointing=True)
-    if importlib.util.find_spec(EIGHT_BIT):
+    if has_eight_bit():
         add(optimizer="adamw8bit")
     if device.startswith("cuda") and torch.cuda.is_bf16_supported() and spec.precision in ("auto", "bf16"):
         add(weights="bf16")

@@ -9,6 +9,8 @@ import torch
 
 from dmm_core.economy import ENOUGH_ROWS, Economy, is_out_of_memory
 from dmm_core.errors import BadInput, RecipeError
+from dmm_core.recipe import TrainSpec
+from dmm_core.trial import candidates
 from tests.unit.merges import after, built, furthest, recipe, tiny_teachers
 
 MOVED = 1e-3  # by how much three steps at lr 1e-3 move weights, at least
@@ -218,11 +220,16 @@ def test_impossible_recipes(tmp_path, teachers, train, told):
         recipe(tmp_path / "o.safetensors", teachers, **train)
 
 
-def test_eight_bit_without_a_library_is_one_line(tmp_path, teachers, monkeypatch):
+@pytest.mark.parametrize("old", [False, True], ids=["none", "too old"])
+def test_eight_bit_without_a_library_is_one_line(tmp_path, teachers, monkeypatch, old):
     import importlib.util
+    import sys
+    from types import ModuleType
 
-    find = importlib.util.find_spec
-    absent = "bitsandbytes"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == absent else find(name, *a))
-    with pytest.raises(BadInput, match=r"adamw8bit needs bitsandbytes.*pip install bitsandbytes"):
+    find, absent = importlib.util.find_spec, "bitsandbytes"
+    found = importlib.util.spec_from_loader(absent, None) if old else None  # one without operators
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: found if name == absent else find(name, *a))
+    monkeypatch.setitem(sys.modules, absent, ModuleType(absent))
+    assert "adamw8bit" not in str(candidates(TrainSpec(), 2, "cpu"))
+    with pytest.raises(BadInput, match=r"adamw8bit needs bitsandbytes.*pip install -U bitsandbytes"):
         built(tmp_path / "o.safetensors", teachers, optimizer="adamw8bit")
