@@ -176,6 +176,11 @@ class StudentOptimizer:
     """
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], spec: TrainSpec, device: torch.device) -> None:
+        if spec.optimizer == "adamw8bit" and not has_eight_bit():
+            raise BadInput(
+                f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here, or too old",
+                hint=f"Run: pip install -U {EIGHT_BIT}. Or set train.optimizer: adamw.",
+            )
         self.spec, self.device = spec, device
         self.parameters = [p for parameters, _ in groups for p in parameters]
         self.places = {p: i for i, p in enumerate(self.parameters)}
@@ -198,11 +203,6 @@ class StudentOptimizer:
         narrow = any(p.dtype == torch.bfloat16 for p in self.parameters)
         self.fused = self.device.type == "cuda" or (self.device.type == "cpu" and TORCH >= (2, 4))
         if spec.optimizer == "adamw8bit":
-            if not has_eight_bit():
-                raise BadInput(
-                    f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here, or too old",
-                    hint=f"Run: pip install -U {EIGHT_BIT}. Or set train.optimizer: adamw.",
-                )
             return EightBitAdamW(groups, self.places, spec.seed, self.fused, **more)
         if narrow:
             return StochasticAdamW(groups, self.places, spec.seed, self.fused, **more)

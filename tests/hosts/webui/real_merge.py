@@ -9,15 +9,12 @@ refresh its list). Where training has no environment yet, the page's button make
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import sync_playwright
 
@@ -27,15 +24,9 @@ sys.path.insert(0, str(ROOT))
 from dmm_core.checkpoint import open_checkpoint  # noqa: E402
 from mini_family import family  # noqa: E402
 from tests.hosts.ui.page import FLAGS, MINUTES, Page, merge_form  # noqa: E402
+from tests.hosts.webui.real_api import Webui  # noqa: E402
 
 NAME, STEPS = "dmm-check-merged", "40"
-
-
-def ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return json.load(answer)
 
 
 def put_teachers(folder: Path) -> None:
@@ -59,7 +50,7 @@ def start(page: Page) -> None:
     assert "failed" not in told, told
 
 
-def check(page: Page, url: str, out: Path) -> None:
+def check(page: Page, webui: Webui, out: Path) -> None:
     merge_form(page, NAME, "mini/ink.safetensors", "mini/clay.safetensors", base="mini/base.safetensors")
     page.page.get_by_text("More", exact=True).first.click()
     page.fill("dmm_merge_steps", STEPS)
@@ -72,7 +63,7 @@ def check(page: Page, url: str, out: Path) -> None:
     print("progress:", " | ".join(card.split("\n")))
     page.page.evaluate("window.scrollTo(0, 0)")
     page.shot("running")
-    picture = ask(url, "/sdapi/v1/txt2img", {"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "seed": 1})
+    picture = webui.ask("/sdapi/v1/txt2img", {"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "seed": 1})
     print("a picture of the webui while the merge runs:", len(picture["images"][0]), "characters")
     page.press("dmm_cancel")
     told = page.wait("dmm_card", rf"Stopped at step \d+ of {STEPS}")
@@ -87,8 +78,8 @@ def check(page: Page, url: str, out: Path) -> None:
     before = int(re.search(r"at step (\d+)", told)[1])  # type: ignore[index]
     print(f"resumed from step {before}, done: styles", open_checkpoint(out).styles)
     page.shot("done")
-    ask(url, "/sdapi/v1/refresh-checkpoints", {})
-    titles = [entry["title"] for entry in ask(url, "/sdapi/v1/sd-models")]
+    webui.ask("/sdapi/v1/refresh-checkpoints", {})
+    titles = [entry["title"] for entry in webui.ask("/sdapi/v1/sd-models")]
     assert any(NAME in title for title in titles), titles
     print("the webui lists the new file")
 
@@ -99,16 +90,17 @@ def main() -> None:
     parser.add_argument("webui", type=Path)
     args = parser.parse_args()
     url = args.url.rstrip("/")
+    webui = Webui(url, 64, 1)
     models = args.webui / "models" / "Stable-diffusion"
     put_teachers(models / "mini")
     out = models / f"{NAME}.safetensors"
     out.unlink(missing_ok=True)
-    ask(url, "/sdapi/v1/refresh-checkpoints", {})
+    webui.ask("/sdapi/v1/refresh-checkpoints", {})
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = Page(browser, url + "/", inside="DMM")
         try:
-            check(page, url, out)
+            check(page, webui, out)
         finally:
             page.shot("last")
             print("errors of the page's scripts:", page.errors or "none")
