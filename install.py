@@ -258,10 +258,10 @@ def start(action: str, arguments: list[str]) -> int:
         prepare_training()
         return 0
     python, here = str(prepare(EXTRAS[action])), {"PYTHONPATH": str(ROOT)}
-    if action == "--test" and not arguments:  # all of them: a core takes files of tests of its own
+    if action == "--test" and not arguments:  # all of them: a core that has done its half helps the others
         cores = str(min(4, os.cpu_count() or 1))
         here["OMP_NUM_THREADS"] = "1"
-        return run([python, "-m", "pytest", "-n", cores, "--dist", "loadfile"], cwd=ROOT, env=here)
+        return run([python, "-m", "pytest", "-n", cores, "--dist", "worksteal"], cwd=ROOT, env=here)
     if action == "--test":
         return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
     return run([python, "-m", "dmm_core", action.removeprefix("--"), *arguments], env=here)

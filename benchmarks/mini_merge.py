@@ -1,4 +1,4 @@
-r"""A longer merge of the mini family: score alone and score + feature, average start and base start, several seeds.
+r"""A longer merge of the mini family: the paper's losses and stages, average start and base start, several seeds.
 
 A run writes the gap closed and the ratio at several points of its way. Every run is skipped if its line is in the table
 already, so the command can be stopped and called again, and calls with other seeds may run beside each other.
@@ -31,7 +31,12 @@ from dmm_core.recipe import recipe_from_dict, work_folder
 from dmm_core.run import Merge, bench_of, prepare
 from mini_family import demo, family
 
-LOSSES = {"score": 0.0, "score + feature": 0.001}  # the paper's λ_feat
+LOSSES: dict[str, dict[str, Any]] = {  # with the paper's λ_feat and λ_adv
+    "score": {},
+    "score + feature": {"feature": 0.001},
+    "score + feature + adversarial": {"feature": 0.001, "adversarial": 0.01},
+}
+SYNTHESISED = " + synthesised"  # behind one of them: the paper's last stage too, a tenth of the steps
 KEY = ("steps", "seed", "start", "losses", "changes")
 LATENTS = 1240  # a teacher
 KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")
@@ -46,17 +51,21 @@ class Runs:
         self.compared: Compared | None = None
         self.held_out: dict[str, Tensor] = {}
 
-    def prepare(self, seed: int, start: str, feature: float) -> Merge:
+    def prepare(self, seed: int, start: str, losses: str) -> Merge:
         base, *teachers = family.unpack(self.folder / "teachers")
         prompts = self.folder / "prompts.txt"
         prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
-        data["out"] = str(self.folder / f"{start}-{feature}-{seed}-{self.steps}.safetensors")
-        data["train"] |= {"seed": seed, "start": start, "feature": feature, "save_every": 0, "processes": 1}
+        data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
+        data["train"] |= {"seed": seed, "start": start, "save_every": 0, "processes": 1}
+        data["train"] |= LOSSES[losses.removesuffix(SYNTHESISED)]
         data["data"]["latents_per_teacher"] = LATENTS
         for section, key, value in self.changes:
             data[section][key] = value
         drawn = "-".join(str(data["data"][key]) for key in ("latents_per_teacher", "cfg_scale", "steps"))
+        if losses.endswith(SYNTHESISED):  # other pictures than before
+            again = {"data": {**data["data"], "latents_per_teacher": LATENTS // 4}, "train": {"seed": seed + 1}}
+            data["stages"] = ["distil", {"name": "synthesised", **again}]
         latents = self.folder / f"latents-{seed}-{drawn}.safetensors"
         if latents.exists():
             data["data"] |= {"kind": "cache", "path": str(latents)}
@@ -65,12 +74,12 @@ class Runs:
         (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
         return merge
 
-    def run(self, seed: int, start: str, feature: float) -> list[dict[str, Any]]:
+    def run(self, seed: int, start: str, losses: str) -> list[dict[str, Any]]:
         """Train once; returns a measurement at each point, the last one at the end."""
-        merge = self.prepare(seed, start, feature)
+        merge = self.prepare(seed, start, losses)
         measured, spent = [], 0.0
         for result in merge.timed_steps():
-            if result.step % max(1, self.steps // self.points) == 0:
+            if result.step % max(1, self.steps // self.points) == 0 or result.step == merge.total_steps:
                 began = time.monotonic()
                 measured.append(self.measure(merge, result.samples_seen))
                 spent += time.monotonic() - began
@@ -114,7 +123,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=5, help="measurements along a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--start", nargs="+", default=["average", "base"])
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    known = [name + last for name, last in itertools.product(LOSSES, ("", SYNTHESISED))]
+    parser.add_argument("--losses", nargs="+", default=known[::2], choices=known)
     parser.add_argument("--set", type=change, nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
                         help="what to change in the recipe: train.lr=0.0005 data.cfg_scale=2")  # fmt: skip
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
@@ -135,15 +145,18 @@ def main() -> None:
         if any(all(line[name] == row[name] for name in KEY) for line in read(args.out)):
             continue
         print(row, flush=True)
-        points = runs.run(seed, start, LOSSES[losses])
+        points = runs.run(seed, start, losses)
         about = {
             "device": device_name(torch.device("cpu")),
             "torch": torch.__version__,
             "commit": commit(),
             "date": str(date.today()),
         }
+        made = [row | about | {"points": points}]
+        if losses.endswith(SYNTHESISED):  # up to its last stage it was the run without it
+            made.insert(0, made[0] | {"losses": losses.removesuffix(SYNTHESISED), "points": points[:-1]})
         with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | about | {"points": points}) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in made)
 
 
 if __name__ == "__main__":

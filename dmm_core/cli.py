@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from dmm_core import __version__
-from dmm_core.environment import without_peft
 from dmm_core.errors import BadInput
 from dmm_core.progress import Progress
 
@@ -90,7 +89,6 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 2 (bad input: one line on stderr), 1 (our fault: a traceback) or 130 (stopped)."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: spinning threads starve a busy machine
-    without_peft()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console may lack letters; a lost letter beats a lost run
             stream.reconfigure(errors="replace")

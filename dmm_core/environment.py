@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from dmm_core.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "DMM_TRAIN_PYTHON"
+# What those libraries load where it is there, and nothing here asks for. scipy takes a second or more. Beside a peft
+# below 0.17 diffusers does not start: Forge has 0.13, ComfyUI what its node packs have brought.
+UNUSED = ("peft", "scipy")
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,23 @@ def training_python() -> Training:
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
-def without_peft() -> None:
-    """For this process there is no peft: nothing here asks for it, and beside an old one diffusers does not start.
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of diffusers and transformers: ``UNUSED`` are not there, and no garbage is collected.
 
-    Forge has 0.13, ComfyUI what its node packs have brought.
+    Together a quarter of what a process takes to start.
     """
-    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
+    hidden = [name for name in UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+        if collects:
+            gc.enable()
 
 
 def own_python() -> Training:

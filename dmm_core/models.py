@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm_core.checkpoint import Checkpoint, open_checkpoint
+from dmm_core.environment import importing
 from dmm_core.errors import BadInput
 from dmm_core.style import Codebook
 
@@ -58,7 +59,8 @@ def _build(
 
 def build_unet(config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, styled: bool) -> Any:
     """A stock ``UNet2DConditionModel``; ``styled`` opens the class-label input, which adds to the time embedding."""
-    from diffusers import UNet2DConditionModel
+    with importing():
+        from diffusers import UNet2DConditionModel
 
     extra = {"class_embed_type": "identity"} if styled else {}
     return _build(UNet2DConditionModel, {**config, **extra}, tensors, dtype, "UNet", path)
@@ -66,7 +68,8 @@ def build_unet(config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.
 
 def build_text_encoders(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.ModuleList:
     """CLIP-L, and for SDXL the larger one with its projection."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    with importing():
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if not checkpoint.text_configs:
         raise BadInput("holds no text encoder", checkpoint.path, "Use a full checkpoint, not a bare UNet.")
@@ -79,7 +82,8 @@ def build_text_encoders(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module
 
 
 def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    with importing():
+        from diffusers import AutoencoderKL, AutoencoderTiny
 
     if checkpoint.vae_config is None:
         raise BadInput("holds no VAE", checkpoint.path, "Use a full checkpoint, not a bare UNet.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dmm_core.checkpoint import Checkpoint, LoraGiven, open_checkpoint
+from dmm_core.environment import importing
 from dmm_core.errors import BadInput
 from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
@@ -135,7 +136,8 @@ def open_teacher(spec: TeacherSpec, base: Checkpoint | None) -> Checkpoint:
 
 def parameters(checkpoint: Checkpoint) -> int:
     """Number of the UNet's parameters, from shapes alone."""
-    from diffusers import UNet2DConditionModel
+    with importing():
+        from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         return sum(p.numel() for p in UNet2DConditionModel(**checkpoint.unet_config).parameters())

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmm_core.environment import without_peft
 from dmm_core.recipe import Recipe
 
 Item = TypeVar("Item")
@@ -164,7 +163,6 @@ def _meet(meeting: str, rank: int, count: int) -> None:
 
 def _companion(recipe: Recipe, meeting: str, rank: int, count: int) -> None:
     """What another process does: the same steps, of which it saves and tells nothing."""
-    without_peft()
     from dmm_core.run import prepare
     from dmm_core.stages import unfinished
 

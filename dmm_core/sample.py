@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.diffusion import SCHEDULER
+from dmm_core.environment import importing
 from dmm_core.models import Pipeline
 from dmm_core.speed import side_by_side
 
@@ -69,7 +70,8 @@ def sample_latents(
 
 def scheduler_of(steps: int, prediction_type: str, zero_snr: bool, few_step: bool) -> Any:
     """diffusers' scheduler, set to this many steps."""
-    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+    with importing():
+        from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
     if few_step:
         scheduler = LCMScheduler(**SCHEDULER, prediction_type=prediction_type, set_alpha_to_one=False)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dmm_core.environment import importing
+
 VOCABULARY = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # how many lines of the file CLIP uses
 LENGTH = 77
@@ -25,7 +27,8 @@ def _bytes_to_unicode() -> list[str]:
 @lru_cache(maxsize=2)
 def clip_tokenizer(pad_with_zero: bool = False):
     """A transformers ``CLIPTokenizer``; CLIP-L pads with the end token, SDXL's second encoder with ``!`` (0)."""
-    from transformers import CLIPTokenizer
+    with importing():
+        from transformers import CLIPTokenizer
 
     lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
     letters = _bytes_to_unicode()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from dmm_core.economy import is_out_of_memory
-from dmm_core.environment import without_peft
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import has_eight_bit
@@ -58,7 +57,6 @@ def try_out(recipe: Recipe) -> Trial | None:
 def _child(recipe: Recipe, answer: Any) -> None:
     import traceback
 
-    without_peft()
     try:
         answer.send(run_trial(recipe))
     except BadInput as error:

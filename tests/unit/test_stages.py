@@ -17,6 +17,7 @@ from dmm_core.plan import plan
 from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
 from dmm_core.run import prepare
 from dmm_core.stages import stage_recipe, stage_recipes, total_steps, unfinished
+from tests.unit import tiny
 from tests.unit.merges import SMALL, TRAIN, furthest, tiny_teachers
 
 
@@ -135,15 +136,26 @@ def test_broken_off_between_two_stages(tmp_path, teachers):
     assert furthest(merge.distillation.student.learned(), again.distillation.student.learned()) == 0
 
 
-def test_two_processes(tmp_path, teachers):
-    found = []
+def test_two_processes_do_what_one_does(tmp_path, teachers):
+    """Three teachers over two processes, adversarial loss, a second stage: the same losses and weights to rounding."""
+    three = [*teachers, tmp_path / "third.safetensors"]
+    tiny.write_tiny(three[-1], seed=99, vocab=49408)
+    losses, students, critics = [], [], []
     for processes in (1, 2):
-        out = tmp_path / f"{processes}.safetensors"
         stages = ["distil", {"name": "synthesised", "train": {"steps": 1}}]
-        merge = prepare(recipe(out, teachers, stages, processes=processes, steps=1, lr=1e-4))
-        list(merge.steps())
-        found.append({key: value.clone() for key, value in merge.distillation.student.learned().items()})
-    assert furthest(*found) < 3e-4
+        made = recipe(
+            tmp_path / f"{processes}.safetensors", three, stages, processes=processes, lr=1e-4, adversarial=0.1
+        )
+        merge = prepare(made)
+        steps = list(merge.steps())
+        losses += [[told for step in steps for told in (step.score, step.of("discriminator"))]]
+        run = merge.distillation
+        students += [{key: value.clone() for key, value in run.student.learned().items()}]
+        critics += [{key: value.clone() for key, value in run.critic.module.learned().items()}]
+    assert len(losses[0]) == 2 * (3 + 1)
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    assert furthest(*students) < 3e-4 and furthest(*critics) < 1e-3
 
 
 def test_the_commands(tmp_path, teachers, capsys):
