@@ -28,9 +28,12 @@ def packages(venv: Path) -> Path:
 
 
 def pip(venv: Path, *arguments: str) -> None:
-    command = [str(python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += [] if sys.dont_write_bytecode else ["--no-compile"]  # what is imported is compiled then, and only that
-    subprocess.run([*command, *arguments], check=True)
+    """By the pip of ``.venv-dmm``: an environment of its own would take seconds to get one."""
+    command = [str(python(TESTS)), "-m", "pip", "--python", str(python(venv)), *arguments[:1]]
+    command += ["--quiet", "--disable-pip-version-check"]
+    if arguments[0] == "install" and not sys.dont_write_bytecode:
+        command.append("--no-compile")  # what is imported is compiled then, and only that
+    subprocess.run([*command, *arguments[1:]], check=True)
 
 
 def prepare(venv: Path, content: str, install: Callable[[], None]) -> Path:
@@ -43,7 +46,8 @@ def prepare(venv: Path, content: str, install: Callable[[], None]) -> Path:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
         print(f"prepare.py: makes {venv.name}, a minute or two", file=sys.stderr, flush=True)
         shutil.rmtree(venv, ignore_errors=True)
-        subprocess.run([str(base), "-m", "venv", str(venv)], check=True)  # of the same Python: it is to load its torch
+        command = [str(base), "-m", "venv", "--without-pip", str(venv)]  # of the same Python: it is to load its torch
+        subprocess.run(command, check=True)
         install()
         stamp.write_text(state, encoding="utf-8")
     return python(venv)

@@ -161,6 +161,7 @@ def test_styles_of_a_file_share_their_weights(folder):
     assert all(torch.equal(predict(teachers, i), apart[i]) for i in (2, 0, 1, 2))
 
 
+@pytest.mark.slow
 def test_processes_share_an_extension(folder, tmp_path):
     found = []
     for processes in (1, 2):

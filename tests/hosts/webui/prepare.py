@@ -35,9 +35,9 @@ def prepare(variable: str, venv: Path, wanted: tuple[str, ...], bare: tuple[str,
     """``wanted`` with what they need, ``bare`` without; prints the variable that names the environment's Python."""
 
     def install() -> None:
-        environment.pip(venv, "--only-binary=:all:", *wanted)
+        environment.pip(venv, "install", "--only-binary=:all:", *wanted)
         if bare:
-            environment.pip(venv, "--no-deps", *bare)
+            environment.pip(venv, "install", "--no-deps", *bare)
         environment.see_all(venv)
 
     print(f"export {variable}='{environment.prepare(venv, chr(10).join((*wanted, *bare)), install)}'")

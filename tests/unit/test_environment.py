@@ -1,0 +1,67 @@
+"""How the heavy libraries are brought in: without what nothing here asks for, and everywhere in that way."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import os
+import subprocess
+import sys
+
+from dmm_core.environment import importing
+from tests.unit.test_boundaries import ROOT, SOURCES
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def test_what_is_hidden_is_there_again():
+    import scipy
+
+    collects = gc.isenabled()
+    with importing():
+        assert not gc.isenabled() and "peft" in sys.modules
+        with importing():
+            pass
+        assert "peft" in sys.modules and not gc.isenabled()
+    assert "peft" not in sys.modules and gc.isenabled() == collects
+    assert sys.modules["scipy"] is scipy, "what was loaded before stays"
+
+
+def test_every_import_of_them_is_such_a_one():
+    inside, outside = 0, []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        kept = {
+            id(statement)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With) and ast.unparse(node.items[0].context_expr) == "importing()"
+            for statement in node.body
+        }
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.partition(".")[0] in LIBRARIES for name in names):
+                inside += id(node) in kept
+                outside += [] if id(node) in kept else [f"{path.name}:{node.lineno}"]
+    assert inside >= 5 and not outside
+
+
+def test_a_hosts_old_peft_is_out_of_sight(tmp_path):
+    """Forge has 0.13, and diffusers 0.39 refuses to start beside it."""
+    old = tmp_path / "host"
+    (old / "peft").mkdir(parents=True)
+    (old / "peft" / "__init__.py").write_text("raise ImportError('an old peft was imported')", encoding="utf-8")
+    about = old / "peft-0.13.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.13.2\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(old)))}
+
+    def run(code):
+        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return told.returncode, told.stderr[-2000:]
+
+    wanted = "from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
+    code, told = run(f"from dmm_core.environment import importing\nwith importing():\n    {wanted}")
+    assert code == 0, told
+    code, told = run(wanted)
+    assert code and "peft" in told, "diffusers no longer minds: this can go"
