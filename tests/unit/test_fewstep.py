@@ -141,6 +141,7 @@ def test_a_picture_does_not_depend_on_the_others(student):
     assert not torch.allclose(together, sample_latents(pipe.unet, context, noise, steps=3, style=style), atol=0.1)
 
 
+@pytest.mark.slow
 def test_an_evaluation_draws_the_student_in_few_steps(tmp_path, student, teachers, capsys):
     line = ["evaluate", str(student), "--teacher", *map(str, teachers), "--images", "4", "--steps", "2"]
     assert main([*line, "--few-steps", "3", "--out", str(tmp_path / "e"), "--json"]) == 0

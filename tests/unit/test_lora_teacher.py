@@ -95,6 +95,7 @@ def test_a_lora_and_a_checkpoint_are_merged(folder, tmp_path, capsys):
     assert checkpoint.style_info[1]["sha256"] == sources.teachers[1].sha256()
 
 
+@pytest.mark.slow
 def test_evaluate_takes_loras(folder, tmp_path, capsys):
     """With the strength of the file's recipe, or another one; each of another weight, so of another distance."""
     from dmm_core.commands import evaluate

@@ -131,7 +131,16 @@ def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
     assert open_checkpoint(folders.checkpoint("more.safetensors")).styles == ("a", "b", "c", "l")
     teachers = ["a.safetensors", "sub/b.safetensors", "c.safetensors", "l.safetensors"]
     assert studio.teachers_of("more.safetensors") == (teachers, "a.safetensors")
-    evaluated = studio.evaluate("more.safetensors", teachers, 4, 1, "a.safetensors")
+
+
+@pytest.mark.slow
+def test_evaluate_with_a_lora_among_the_teachers(studio, folders, planned_here):
+    write_lora(folders.loras[0] / "l.safetensors")
+    merged = studio.merge(wanted("mixed", loras=["l.safetensors"], base="a.safetensors"))
+    studio.desk.wait(600)
+    assert merged.state == "done", merged.line
+    teachers = ["a.safetensors", "sub/b.safetensors", "l.safetensors"]
+    evaluated = studio.evaluate("mixed.safetensors", teachers, 4, 1, "a.safetensors")
     studio.desk.wait(600)
     assert evaluated.state == "done" and len(evaluated.pictures) == 3, evaluated.line
 

@@ -26,6 +26,11 @@ from tests.hosts.comfyui.other_files import (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The page's tests last: as long as it is open, it follows all that the server does, and draws it."""
+    items.sort(key=lambda item: item.path.parent == Path(__file__).parent and "page" in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def dmm_file(tmp_path_factory) -> Path:
     return make_dmm(tmp_path_factory.mktemp("dmm") / "mini-dmm.safetensors")

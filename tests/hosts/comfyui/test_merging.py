@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dmm_core.checkpoint import open_checkpoint
 from tests.hosts.comfyui.browser import BRIEF, SHORT
 from tests.hosts.comfyui.graphs import Graph, node, plain, styled
 from tests.hosts.comfyui.harness import ROOT, Failed, Server
@@ -78,29 +79,23 @@ def test_cancelled_resumed_finished_loaded(server):
     assert server.pictures(chosen).shape == (1, 64, 64, 3)
 
 
-def test_finished_is_not_merged_again_and_missing_is(server):
-    graph = {"merge": merge("once", "ink", "neon", prompts="a cat\na house")}
+def test_chained_and_finished_is_not_merged_again_and_missing_is(server):
+    """An empty name hands checkpoints on."""
+    last = merge("once", "neon", prompts="a cat\na house", teachers=["first", 1])
+    graph = {"first": merge("", "ink"), "merge": last}
     server.run(graph)
     path = checkpoint(server, "once")
     made = path.stat().st_mtime_ns
+    assert open_checkpoint(path).styles == ("ink", "neon")
     server.run(graph)
     assert "merge" in server.cached and path.stat().st_mtime_ns == made
-    server.run({"merge": {**graph["merge"], "inputs": {**graph["merge"]["inputs"], "replace": True}}})
+    server.run({**graph, "merge": {**last, "inputs": {**last["inputs"], "replace": True}}})
     assert path.stat().st_mtime_ns == made, "the same settings: what is there is this merge"
     path.unlink()
     server.run(graph)
     assert path.exists() and "merge" not in server.cached
     with pytest.raises(Failed, match=r"is a merge with other settings\. Choose another name, or turn replace on"):
         server.run({"merge": merge("once", "ink", "clay")})
-
-
-def test_chained(server):
-    """An empty name hands checkpoints on."""
-    graph = {"a": merge("", "ink"), "b": merge("chained", "neon", teachers=["a", 1])}
-    server.run(graph)
-    from dmm_core.checkpoint import open_checkpoint
-
-    assert open_checkpoint(checkpoint(server, "chained")).styles == ("ink", "neon")
 
 
 BAD = {

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from dmm_core.checkpoint import open_checkpoint
 from mini_family import family
-from tests.hosts.ui.page import FLAGS, MINUTES, SIZES, Page, merge_form
+from tests.hosts.ui.page import FLAGS, MINUTES, Page, merge_form
 
 pytestmark = pytest.mark.hosts
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,8 +180,10 @@ def test_contact_sheet(page):
     page.shot("sheet")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "theme"), [
+    ("laptop", "light"), ("phone", "dark"),
+    pytest.param("laptop", "dark", marks=pytest.mark.slow), pytest.param("phone", "light", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_every_width_and_theme(chromium, address, size, theme):
     """Nothing runs over the side, in any tab."""
     page = Page(chromium, address, size, theme)
