@@ -144,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("build/add_styles"))
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="e.g. ink-clay-blueprint-without-neon")
     parser.add_argument("--show", action="store_true", help="print the table of what was measured; nothing is trained")
     args = parser.parse_args()
     if args.show:
@@ -152,7 +153,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.folder.absolute())
-    for case in CASES:
+    for case in (case for case in CASES if not args.only or case.name in args.only):
         if not any(all(row[name] == value for name, value in key_of(case).items()) for row in read(args.out)):
             row = row_of(case, bench.measure(case))
             with args.out.open("a", encoding="utf-8") as file:
