@@ -71,6 +71,7 @@ def strengths(recipe: str) -> dict[str, float]:
 
 def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
     """Measure the file beside these opened teachers, and show it."""
+    from dmm_core.checkpoint import open_checkpoint
     from dmm_core.measure import draw_compared, measure
     from dmm_core.mixing import mixing_table
     from dmm_core.present import SUBJECTS, present
@@ -83,7 +84,9 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     before = earlier_bench(bench, args.before) if args.before else None
     compared = draw_compared(bench)
     mixing = [mixing_table(bench, compared, pair) for pair in pairs]
-    measured = measure(bench, began, compared=compared, before=before, title=bench.student.path.stem, mixing=mixing)
+    told = [{k: v for k, v in entry.items() if k != "thumbnail"} for entry in open_checkpoint(args.file).style_info]
+    about = {"title": bench.student.path.stem, "mixing": mixing, "merged": told}
+    measured = measure(bench, began, compared=compared, before=before, **about)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
     gallery = replace(bench, prompts=few, what="draws pictures to show")
     small = replace(before, prompts=few) if before else None

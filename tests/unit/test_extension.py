@@ -208,6 +208,8 @@ def test_the_command_from_end_to_end(folder, tmp_path, capsys):
         assert row["before"] == pytest.approx(row["reference"], rel=1e-3, abs=1e-6)
     assert rows[2]["before"] > 0
     page = (pages / "report.html").read_text(encoding="utf-8")
+    assert told["report"]["merged"][2] == {k: v for k, v in new.items() if k != "thumbnail"}
+    assert "<td>added.safetensors</td>" in page
     assert "student before" in page and page.count("<span>before</span>") == 3
 
 
