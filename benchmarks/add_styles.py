@@ -25,9 +25,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import rows
+
+from dmm_core.recipe import load_recipe
+from dmm_core.stages import unfinished
 from mini_family import demo, family
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(demo.__file__).resolve().parents[1]
 IMAGES = 96  # a style
 FIRST_STEPS = 700
 # Of adding to it: less haste than from an average, for the old styles are at their best already; and more pictures.
@@ -86,8 +90,7 @@ class Bench:
             recipe["train"] |= LATER["train"] | ({} if case.regularized else {"regularize": 0})
         path = self.folder / f"{case.name}.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        unfinished = (self.folder / f"{case.name}.work" / "state.safetensors").exists()
-        dmm("extend" if case.later else "distill", path, *(["--resume"] if unfinished else []))
+        dmm("extend" if case.later else "distill", path, *(["--resume"] if unfinished(load_recipe(path)) else []))
         return out
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -119,16 +122,12 @@ def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown: distance of a style from its teacher over the teacher's own, and what became of the old styles."""
     names = [*FOUR, *family.LATER[::-1]]
     yield "| | regularised | " + " | ".join(names) + " | old styles against before | new styles, ratio |"
     yield "|---" * (len(names) + 4) + "|"
-    for row in rows:
+    for row in lines:
         by_name = {style["style"]: style for style in row["styles"]}
         cells = [f"{by_name[name]['ratio']:.2f}" if name in by_name else "" for name in names]
         old, new = ([by_name[name] for name in row[part]] for part in ("first", "later"))
@@ -148,16 +147,14 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the table of what was measured; nothing is trained")
     args = parser.parse_args()
     if args.show:
-        print("\n".join(table(read(args.out))))
+        print("\n".join(table(rows.read(args.out))))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.folder.absolute())
     for case in (case for case in CASES if not args.only or case.name in args.only):
-        if not any(all(row[name] == value for name, value in key_of(case).items()) for row in read(args.out)):
-            row = row_of(case, bench.measure(case))
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if not rows.has(args.out, key_of(case)):
+            rows.append(args.out, row_of(case, bench.measure(case)))
 
 
 if __name__ == "__main__":

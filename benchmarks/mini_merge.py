@@ -26,6 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import rows
+
 from dmm_core.measure import SEEDS_B, Compared, commit, device_name, draw_compared, measure, probe_gap
 from dmm_core.recipe import recipe_from_dict, work_folder
 from dmm_core.run import Merge, bench_of, prepare
@@ -103,10 +105,6 @@ class Runs:
         return {key: report[key] for key in KEPT if key in report}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def change(text: str) -> tuple[str, str, Any]:
     """``train.lr=0.001`` as a change of the recipe."""
     name, _, value = text.partition("=")
@@ -134,7 +132,7 @@ def main() -> None:
     if args.show:
         from mini_merge_chart import show
 
-        show(read(args.out), args.show)
+        show(rows.read(args.out), args.show)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +140,7 @@ def main() -> None:
     changes = " ".join(f"{section}.{key}={value}" for section, key, value in args.changes)
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
         row = dict(zip(KEY, (args.steps, seed, start, losses, changes), strict=True))
-        if any(all(line[name] == row[name] for name in KEY) for line in read(args.out)):
+        if rows.has(args.out, row):
             continue
         print(row, flush=True)
         points = runs.run(seed, start, losses)
@@ -155,8 +153,7 @@ def main() -> None:
         made = [row | about | {"points": points}]
         if losses.endswith(SYNTHESISED):  # up to its last stage it was the run without it
             made.insert(0, made[0] | {"losses": losses.removesuffix(SYNTHESISED), "points": points[:-1]})
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in made)
+        rows.append(args.out, *made)
 
 
 if __name__ == "__main__":

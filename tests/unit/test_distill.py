@@ -231,6 +231,21 @@ def test_timestep_weights_are_the_paper_s_at_0_and_x0_s_at_1():
     )
 
 
+def test_two_processes_do_what_one_does(tmp_path, teachers):
+    """Three teachers over two processes: the same samples, the same student to rounding."""
+    three = [*teachers, tmp_path / "third.safetensors"]
+    tiny.write_tiny(three[-1], seed=99)
+    students, losses = [], []
+    for processes in (1, 2):
+        merge = prepare(recipe(tmp_path / f"{processes}.safetensors", three, processes=processes, steps=3))
+        losses.append([result.score for result in merge.steps()])
+        students.append({k: v.clone() for k, v in merge.distillation.student.state_dict().items()})
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    for key, tensor in students[0].items():
+        assert torch.allclose(tensor, students[1][key], atol=2e-4), key
+
+
 def test_a_finished_training_is_saved_before_what_follows_it(tmp_path, teachers):
     """Ctrl-C in the evaluation, after the last step, loses no training."""
     made = recipe(tmp_path / "o.safetensors", teachers, save_every=100)

@@ -137,7 +137,7 @@ def test_broken_off_between_two_stages(tmp_path, teachers):
 
 
 def test_two_processes_do_what_one_does(tmp_path, teachers):
-    """Three teachers over two processes, adversarial loss, a second stage: the same losses and weights to rounding."""
+    """As in test_distill.py, with the adversarial loss and a second stage; the discriminator too."""
     three = [*teachers, tmp_path / "third.safetensors"]
     tiny.write_tiny(three[-1], seed=99, vocab=49408)
     losses, students, critics = [], [], []
@@ -155,7 +155,7 @@ def test_two_processes_do_what_one_does(tmp_path, teachers):
     assert len(losses[0]) == 2 * (3 + 1)
     for one, two in zip(*losses, strict=True):
         assert one == pytest.approx(two, rel=1e-3)
-    assert furthest(*students) < 3e-4 and furthest(*critics) < 1e-3
+    assert furthest(*students) < 1e-4 and furthest(*critics) < 1e-4, "four steps may move a weight by 4e-4"
 
 
 def test_the_commands(tmp_path, teachers, capsys):
