@@ -66,7 +66,7 @@ def training_python() -> Training:
 def importing() -> Iterator[None]:
     """Around imports of diffusers and transformers: ``UNUSED`` are not there, and no garbage is collected.
 
-    Seen on one core with torch 2.13, diffusers 0.39: 5.7 in place of 7.8 seconds of CPU, which every child process pays.
+    Seen with torch 2.13 and diffusers 0.39: 5.7 in place of 7.8 seconds of CPU, which every child process pays.
     """
     hidden = [name for name in UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
