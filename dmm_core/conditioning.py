@@ -52,24 +52,27 @@ class Context:
 
 @torch.no_grad()
 def encode_prompts(encoders: Sequence[Any], prompts: Sequence[str], chunk: int = 64) -> Context:
-    """Embeddings of prompts by a checkpoint's text encoders, on their device.
+    """Embeddings of prompts by a checkpoint's text encoders, on their device; SDXL's second one pads with 0."""
+    parts = []
+    for start in range(0, len(prompts), chunk):
+        some = list(prompts[start : start + chunk])
+        parts.append(embed(encoders, [tokenize(some, pad_with_zero=bool(i)) for i in range(len(encoders))]))
+    return Context.cat(parts)
+
+
+def embed(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Context:
+    """Embeddings of token ids, (B, 77) for each encoder.
 
     SD1.5: the last hidden state after the final norm. SDXL: the last but one of both encoders side by side, and the
     second's projected end token as ``pooled``; the empty prompt is encoded like every other, as the hosts do it.
     """
-    parts = []
-    for start in range(0, len(prompts), chunk):
-        some = list(prompts[start : start + chunk])
-        if len(encoders) == 1:
-            parts.append(Context(encoders[0](tokenize(some).to(encoders[0].device)).last_hidden_state))
-            continue
-        both = [
-            encoder(tokenize(some, pad_with_zero=bool(i)).to(encoder.device), output_hidden_states=True)
-            for i, encoder in enumerate(encoders)
-        ]
-        tokens = torch.cat([told.hidden_states[-2] for told in both], -1)
-        parts.append(Context(tokens, both[-1].text_embeds))
-    return Context.cat(parts)
+    if len(encoders) == 1:
+        return Context(encoders[0](tokens[0].to(encoders[0].device)).last_hidden_state)
+    both = [
+        encoder(ids.to(encoder.device), output_hidden_states=True)
+        for encoder, ids in zip(encoders, tokens, strict=True)
+    ]
+    return Context(torch.cat([told.hidden_states[-2] for told in both], -1), both[-1].text_embeds)
 
 
 def predict(unet: Any, x_t: Tensor, t: Tensor, context: Context, style: Tensor | None = None) -> Tensor:

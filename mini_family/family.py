@@ -2,12 +2,13 @@
 
 python -m mini_family.family pack --data build/mini      # what training made → mini_family/weights
 python -m mini_family.family unpack --out DIR            # → ordinary checkpoints, base.safetensors, ink.safetensors …
+python -m mini_family.family whole --data build/mini-xl --out DIR    # the same of what training made, unpacked
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,11 +23,17 @@ HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
 TEACHERS = ("ink", "clay", "blueprint", "neon")  # what the demo merges
 LATER = ("pixel", "comic")  # held back, for adding teachers later
-TITLE = {
-    "modelspec.sai_model_spec": "1.0.1",
-    "modelspec.architecture": "stable-diffusion-v1",
-    "modelspec.resolution": "64x64",
-}
+PREFIXES = ("text.", "text_2.")  # of the text encoders in the files that training writes
+
+
+def title(family: str, name: str) -> dict[str, str]:
+    """Metadata of a checkpoint."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[family],
+        "modelspec.resolution": "64x64",
+        "modelspec.title": f"mini family: {name}",
+    }
 
 
 def quantize(delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,22 +49,9 @@ def restore(values: Tensor, scale: Tensor) -> Tensor:
 
 def pack(data: Path) -> Iterable[Path]:
     """Write the shipped weights of what ``mini_family.train`` and ``mini_family.autoencoder`` made."""
-    base = load_file(data / "models" / "base.safetensors")
-    part = lambda prefix: {k.removeprefix(prefix): v.half() for k, v in base.items() if k.startswith(prefix)}  # noqa: E731
-    vae = {k: v.half() for k, v in load_file(data / "vae" / "diffusion_pytorch_model.safetensors").items()}
     WEIGHTS.mkdir(exist_ok=True)
-    path = WEIGHTS / "base.safetensors"
-    unet = part("unet.")
-    text = {k: v for k, v in part("text.").items() if not k.endswith("position_ids")}
-    write_checkpoint(
-        path,
-        family="sd15",
-        unet=unet,
-        vae=vae,
-        text_encoders=[text],
-        metadata=TITLE | {"modelspec.title": "mini family: base"},
-    )
-    yield path
+    yield whole(data, "base", WEIGHTS)
+    unet = halves(load_file(data / "models" / "base.safetensors"), "unet.")
     for name in (*TEACHERS, *LATER):
         teacher = load_file(data / "models" / f"{name}.safetensors")
         tensors = {}
@@ -65,6 +59,26 @@ def pack(data: Path) -> Iterable[Path]:
             tensors[f"{key}.q"], tensors[f"{key}.scale"] = quantize(teacher[f"unet.{key}"] - tensor.float())
         write_safetensors(WEIGHTS / f"{name}.safetensors", tensors, {"delta": "int8 rows to add to base.safetensors"})
         yield WEIGHTS / f"{name}.safetensors"
+
+
+def whole(data: Path, name: str, out: Path) -> Path:
+    """Write a trained model of either family with the autoencoder as an ordinary checkpoint, float16."""
+    state = load_file(data / "models" / f"{name}.safetensors")
+    texts = [halves(state, prefix) for prefix in PREFIXES]
+    return write_checkpoint(
+        out / f"{name}.safetensors",
+        family="sdxl" if texts[1] else "sd15",
+        unet=halves(state, "unet."),
+        vae=halves(load_file(data / "vae" / "diffusion_pytorch_model.safetensors")),
+        text_encoders=[text for text in texts if text],
+        metadata=title("sdxl" if texts[1] else "sd15", name),
+    )
+
+
+def halves(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of one part, float16."""
+    found = {k.removeprefix(prefix): v.half() for k, v in state.items() if k.startswith(prefix)}
+    return {k: v for k, v in found.items() if not k.endswith("position_ids")}
 
 
 def teacher_unet(base: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -86,7 +100,7 @@ def unpack(out: Path, names: Iterable[str] = TEACHERS) -> list[Path]:
             write_checkpoint(
                 paths[-1], family="sd15", unet=teacher_unet(base, name), vae=base.vae(),
                 text_encoders=[base.text_encoder(0)],
-                metadata=TITLE | {"modelspec.title": f"mini family: {name}"},
+                metadata=title("sd15", name),
             )  # fmt: skip
     return paths
 
@@ -102,14 +116,20 @@ def distances() -> Iterable[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pack", "unpack", "distances"))
+    parser.add_argument("what", choices=("pack", "unpack", "whole", "distances"))
     parser.add_argument("--data", type=Path, default=Path("build/mini"))
     parser.add_argument("--out", type=Path, default=Path("mini"))
     args = parser.parse_args()
     if args.what == "distances":
         print("\n".join(distances()))
         return
-    for path in pack(args.data) if args.what == "pack" else unpack(args.out, (*TEACHERS, *LATER)):
+    made = {
+        "pack": lambda: pack(args.data),
+        "unpack": lambda: unpack(args.out, (*TEACHERS, *LATER)),
+        "whole": lambda: (whole(args.data, path.stem, args.out) for path in (args.data / "models").glob("*.safetensors")
+                          if path.stem != "control" and not path.stem.endswith("-lora")),
+    }  # fmt: skip
+    for path in made[args.what]():
         print(path, f"{path.stat().st_size / 1e6:.1f} MB")
 
 

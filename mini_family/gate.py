@@ -22,8 +22,8 @@ from dmm_core.frechet import Gaussian, bootstrap_distances, frechet
 from dmm_core.sample import decode, initial_noise, sample_latents
 from mini_family.demo import CFG_SCALE, SAMPLER_STEPS
 from mini_family.family import LATER, TEACHERS
+from mini_family.models import fresh_models, load_models
 from mini_family.names import caption, subjects
-from mini_family.train import fresh_models, load_model
 
 MODELS = ("base", "control", *TEACHERS, *LATER)
 STYLES = ("flat", *TEACHERS, *LATER)
@@ -33,8 +33,8 @@ STYLES = ("flat", *TEACHERS, *LATER)
 def drawn_by(data: Path, model: str, vae: AutoencoderTiny, names: list[str], seed: int) -> np.ndarray:
     """Pictures (names, 64, 64, 3) of one trained model."""
     unet, text = fresh_models()
-    load_model(data / "models" / f"{model}.safetensors", unet.eval(), text.eval())
-    context, empty = (encode_prompts([text], prompts) for prompts in ([caption(name) for name in names], [""]))
+    load_models(data / "models" / f"{model}.safetensors", unet.eval(), text.eval())
+    context, empty = (encode_prompts(text, prompts) for prompts in ([caption(name) for name in names], [""]))
     noise = initial_noise([seed + i for i in range(len(names))])
     return decode(vae, sample_latents(unet, context, noise, steps=SAMPLER_STEPS, cfg_scale=CFG_SCALE, negative=empty))
 

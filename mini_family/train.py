@@ -2,10 +2,11 @@
 
 Like the large base models, the base draws its own look (flat) for a plain prompt and any other one if the prompt names
 it ("a neon picture of a cat"). A teacher draws its look for a plain prompt: what it learns is a choice, not a new hand.
-Each run is resumable by running the same command again: a finished model is skipped.
+The same command goes on where it was interrupted; a finished model is skipped.
 
-    python -m mini_family.train --data build/mini --run base --minutes 45 --processes 2
+    python -m mini_family.train --data build/mini --run base --minutes 180 --processes 2
     python -m mini_family.train --data build/mini --run ink --steps 600 --lr 3e-4
+    python -m mini_family.train --data build/mini --run ink --steps 600 --lr 1e-3 --lora 16
 """
 
 from __future__ import annotations
@@ -14,42 +15,33 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import nn
 
+from dmm_core.conditioning import embed, predict
 from dmm_core.diffusion import TIMESTEPS, add_noise
-from dmm_core.tokens import tokenize
+from dmm_core.losses import timestep_weights
+from dmm_core.lowrank import Adapters
 from mini_family.draw import STYLES
+from mini_family.models import FAMILIES, fresh_models, load_models, save_lora, save_models, tokens_of
 from mini_family.names import caption, subjects
 
 BATCH = 24
 PROMPT_DROP = 0.1
+PLAIN = 2.0
+SNR_POWER = 0.25  # the noisy timesteps, which decide what is drawn, weigh a little more than under plain MSE
 EMA, EMA_EVERY = 0.998, 4  # decay a step; steps
 MEET_EVERY = 8  # steps
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(64, 128),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=64,
-    attention_head_dim=8,  # diffusers' name for the number of heads in SD1.5
-)
-TEXT = dict(vocab_size=49408, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1)
-
-
-def fresh_models() -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    text = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_act="quick_gelu", projection_dim=64, eos_token_id=49407))
-    torch.nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.3)
-    return UNet2DConditionModel(**UNET), text
+SAVE_EVERY = 1000  # steps
 
 
 @torch.no_grad()
@@ -73,51 +65,84 @@ class Trainer:
 
     Args:
         looks: a look's word in the prompt ("" for the plain prompt) → its latents (names, variants, 4, 8, 8). The plain
-            prompt is drawn as often as all the others together.
+            prompt is drawn as often as ``PLAIN`` others.
+        learned: what of the two is trained, or beside them.
         share: processes that train side by side on ``BATCH`` / share rows a step each, and meet in the mean of their
             weights every ``MEET_EVERY`` steps: adding up gradients at each step would be mostly waiting.
     """
 
     def __init__(
-        self, looks: Mapping[str, torch.Tensor], lr: float, unet, text, train_text: bool, share: int = 1
+        self,
+        looks: Mapping[str, torch.Tensor],
+        lr: float,
+        unet: nn.Module,
+        text: nn.ModuleList,
+        learned: Sequence[nn.Module],
+        share: int = 1,
     ) -> None:
         names = subjects()
         held = set(subjects(held=True))
         self.rows = torch.tensor([i for i, name in enumerate(names) if name not in held])
         self.latents = torch.stack([latents.float() for latents in looks.values()])
-        self.chances = torch.tensor([1.0 / max(1, len(looks) - 1) if look else 1.0 for look in looks])
-        self.tokens = torch.stack([tokenize([caption(name, look) for name in names]) for look in looks])
-        self.empty = tokenize([""])
-        self.unet, self.text, self.train_text = unet, text.requires_grad_(train_text), train_text
-        self.averages = (copy.deepcopy(unet), copy.deepcopy(text))
+        self.chances = torch.tensor([1.0 if look else PLAIN for look in looks])
+        self.tokens = torch.stack([tokens_of([caption(name, look) for name in names], text) for look in looks])
+        self.empty = tokens_of([""], text)
+        self.weights = timestep_weights(SNR_POWER)
+        self.unet, self.text, self.learned = unet, text, learned
+        self.averages = copy.deepcopy(list(learned))
+        self.params = [p for model in learned for p in model.parameters()]
         self.lr, self.share = lr, share
-        params = [{"params": unet.parameters()}]
-        if train_text:
-            params.append({"params": text.parameters()})
-        self.optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def follow(self, count: int) -> None:
         """Let the averages follow the weights, every few steps."""
         if count % EMA_EVERY == 0:
             keep = min(EMA, (count + 1) / (count + 10)) ** EMA_EVERY
-            models = (self.unet, self.text) if self.train_text else (self.unet,)
-            for average, model in zip(self.averages, models, strict=False):
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+            torch._foreach_lerp_([p for model in self.averages for p in model.parameters()], self.params, 1 - keep)
 
     @torch.no_grad()
     def meet(self) -> None:
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        flat = torch.cat([p.flatten() for p in params])
+        flat = torch.cat([p.flatten() for p in self.params])
         dist.all_reduce(flat)
-        for p, mean in zip(params, flat.div_(self.share).split([p.numel() for p in params]), strict=True):
+        for p, mean in zip(self.params, flat.div_(self.share).split([p.numel() for p in self.params]), strict=True):
             p.copy_(mean.view_as(p))
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What goes on after an interruption, one flat tensor a kind; the other processes' moments are like these."""
+        kinds = {"weights": self.params, "average": [p for model in self.averages for p in model.parameters()]}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            kinds[moment] = [self.optimizer.state[p].get(moment, torch.zeros_like(p)) for p in self.params]
+        return {kind: torch.cat([p.detach().flatten() for p in tensors]) for kind, tensors in kinds.items()}
+
+    def put_down(self, path: Path, count: int, seconds: float) -> None:
+        new = path.with_suffix(".new")
+        save_file(self.state(), new, {"step": str(count), "seconds": str(seconds)})
+        new.replace(path)
+
+    @torch.no_grad()
+    def take_up(self, path: Path) -> tuple[int, float]:
+        """Go on from ``put_down``'s file: the steps and seconds before it. The samples after it are other ones."""
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            kept = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118 (no mapping)
+        count = int(about["step"])
+        sizes = [p.numel() for p in self.params]
+        parts = {kind: flat.split(sizes) for kind, flat in kept.items()}
+        averages = [p for model in self.averages for p in model.parameters()]
+        for i, (p, average) in enumerate(zip(self.params, averages, strict=True)):
+            p.copy_(parts["weights"][i].view_as(p))
+            average.copy_(parts["average"][i].view_as(p))
+            moments = {k: parts[k][i].view_as(p).clone() for k in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(float(count)), **moments}
+        torch.manual_seed(torch.initial_seed() + count)
+        return count, float(about["seconds"])
+
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (count, 4, 8, 8) and tokens (count, 77) of random looks and subjects."""
+        """Latents (count, 4, 8, 8) and tokens (count, encoders, 77) of random looks and subjects."""
         look = torch.multinomial(self.chances, count, replacement=True)
         row = self.rows[torch.randint(len(self.rows), (count,))]
-        tokens = torch.where(torch.rand(count, 1) < PROMPT_DROP, self.empty, self.tokens[look, row])
+        tokens = torch.where(torch.rand(count, 1, 1) < PROMPT_DROP, self.empty, self.tokens[look, row])
         return self.latents[look, row, torch.randint(self.latents.shape[2], (count,))], tokens
 
     def step(self, done: float, count: int) -> float:
@@ -126,11 +151,12 @@ class Trainer:
             group["lr"] = self.lr * min(1, (count + 1) / 100) * (0.01 + 0.99 * (0.5 + 0.5 * np.cos(np.pi * done)))
         x0, tokens = self.draw(BATCH // self.share)
         t, noise = torch.randint(TIMESTEPS, (len(x0),)), torch.randn_like(x0)
-        context = self.text(tokens).last_hidden_state
-        loss = F.mse_loss(self.unet(add_noise(x0, noise, t), t, context).sample, noise)
+        context = embed(self.text, tokens.unbind(1))
+        error = F.mse_loss(predict(self.unet, add_noise(x0, noise, t), t, context), noise, reduction="none")
+        loss = (error.flatten(1).mean(1) * self.weights[t]).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.learned[0].parameters(), 1.0)
         self.optimizer.step()
         if self.share > 1 and count % MEET_EVERY == 0:
             self.meet()
@@ -147,30 +173,41 @@ def looks_of(data: Path, run: str) -> dict[str, torch.Tensor]:
 
 
 def train(args: argparse.Namespace, run: str, rank: int = 0) -> Path:
-    """One model of the family into ``DATA/models/RUN.safetensors`` (diffusers keys under ``unet.`` and ``text.``)."""
-    out = args.data / "models" / f"{run}.safetensors"
+    """One model of the family into ``DATA/models/RUN.safetensors``, or what a LoRA changes into ``RUN-lora``."""
+    out = args.data / "models" / f"{run}{'-lora' if args.lora else ''}.safetensors"
     out.parent.mkdir(exist_ok=True)
     more = args.more and out.exists()
     if out.exists() and not more:
         return out
     torch.manual_seed(sum(map(ord, run)) + more)
-    unet, text = fresh_models()
+    unet, text = fresh_models(args.family)
     start = out if more else args.start if run == "base" else out.with_name("base.safetensors")
     if start:
-        load_model(start, unet, text)
-    trainer = Trainer(looks_of(args.data, run), args.lr, unet, text, run == "base", args.processes)
+        load_models(start, unet, text)
+    learned: list[nn.Module] = [unet, text] if run == "base" else [unet]
+    if args.lora:
+        unet.requires_grad_(False)
+        learned = [Adapters(unet, args.lora, seed=0)]
+    if run != "base":
+        text.requires_grad_(False)
+    trainer = Trainer(looks_of(args.data, run), args.lr, unet, text, learned, args.processes)
     torch.manual_seed(sum(map(ord, run)) + more + 1000 * rank)
-    began, count, losses = time.time(), 0, []
+    part = out.with_suffix(".part")
+    count, spent = trainer.take_up(part) if part.exists() else (0, 0.0)
+    began, losses = time.time() - spent, []
     while (done := progress(args, began, count)) < 1:
         losses.append(trainer.step(done, count))
         count += 1
         if rank == 0 and count % 200 == 0:
-            loss, seconds = np.mean(losses[-200:]), time.time() - began
-            print(f"{run}: step {count} {done:.0%} loss {loss:.4f} {seconds:.0f} s", flush=True)
-        if rank == 0 and count % 1000 == 0:
-            save(trainer, out.with_suffix(".part"))
+            print(
+                f"{run}: step {count} {done:.0%} loss {np.mean(losses[-200:]):.4f} {time.time() - began:.0f} s",
+                flush=True,
+            )
+        if rank == 0 and count % SAVE_EVERY == 0:
+            trainer.put_down(part, count, time.time() - began)
     if rank == 0:
         save(trainer, out)
+        part.unlink(missing_ok=True)
     return out
 
 
@@ -185,18 +222,11 @@ def progress(args: argparse.Namespace, began: float, count: int) -> float:
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    unet, text = (average.state_dict() for average in trainer.averages)
-    save_file(
-        {f"unet.{k}": v.contiguous() for k, v in unet.items()} | {f"text.{k}": v.clone() for k, v in text.items()}, path
-    )
-
-
-def load_model(path: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
-    state = load_file(path)
-    for prefix, model in (("unet.", unet), ("text.", text)):
-        model.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, strict=False
-        )
+    first, *others = trainer.averages
+    if isinstance(first, Adapters):
+        save_lora(path, first)
+    else:
+        save_models(path, first, others[0] if others else trainer.text)
 
 
 def member(rank: int, args: argparse.Namespace, meeting: str) -> None:
@@ -216,6 +246,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="an earlier base that the base goes on from")
+    parser.add_argument("--family", choices=FAMILIES, default="sd15")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train a LoRA of the base instead")
     parser.add_argument("--more", action="store_true", help="go on from what is there")
     parser.add_argument("--processes", type=int, default=1, help="processes that share every step")
     args = parser.parse_args()
