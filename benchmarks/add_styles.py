@@ -11,28 +11,19 @@ measures the end. What lies in the folder already is not made again: stop it and
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
-
-import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
+from merges import Folder, about
 
-from dmm_core.recipe import load_recipe
-from dmm_core.stages import unfinished
-from mini_family import demo, family
+from mini_family import family
 
-ROOT = Path(demo.__file__).resolve().parents[1]
-IMAGES = 96  # a style
 FIRST_STEPS = 700
 # Of adding to it: less haste than from an average, for the old styles are at their best already; and more pictures.
 LATER = {"data": {"latents_per_teacher": 480, "cfg_scale": 2.0}, "train": {"lr": 5e-4, "snr_power": 0.25}}
@@ -63,48 +54,23 @@ CASES = (
 )
 
 
-class Bench:
-    """The folder that all cases share."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        paths = family.unpack(folder / "teachers", (*FOUR, *family.LATER))
-        self.files = {path.stem: path for path in paths}
-        (folder / "train.txt").write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
-        (folder / "held-out.txt").write_text("\n".join(demo.held_out_prompts()) + "\n", encoding="utf-8")
-
-    def student(self, case: Case) -> Path:
-        """The case's DMM file, made if it is not there."""
-        out = self.folder / f"{case.name}.safetensors"
-        if out.exists():
-            return out
-        teachers = [self.files[name] for name in case.later or case.first]
-        steps = case.steps if case.later else FIRST_STEPS
-        recipe = demo.recipe_of(self.folder, teachers, self.files["base"], self.folder / "train.txt", steps)
-        recipe["out"] = str(out)
-        recipe["train"]["processes"] = 1
-        if case.later:
-            del recipe["base"]
-            recipe["student"] = str(self.student(Case(case.first)))
-            recipe["data"] |= LATER["data"]
-            recipe["train"] |= LATER["train"] | ({} if case.regularized else {"regularize": 0})
-        path = self.folder / f"{case.name}.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        dmm("extend" if case.later else "distill", path, *(["--resume"] if unfinished(load_recipe(path)) else []))
-        return out
-
-    def measure(self, case: Case) -> dict[str, Any]:
-        """report.json of the case's student, ``before`` being what the first merge drew."""
-        out = self.folder / f"{case.name}.evaluation"
-        teachers = [self.files[name] for name in (*case.first, *case.later)]
-        before = ["--before", self.student(Case(case.first))] if case.later else []
-        dmm("evaluate", self.student(case), "--teacher", *teachers, *before, "--prompts", self.folder / "held-out.txt",
-            "--images", IMAGES, "--out", out)  # fmt: skip
-        return json.loads((out / "report.json").read_text(encoding="utf-8"))
+def student(folder: Folder, case: Case) -> Path:
+    """The case's DMM file."""
+    if not case.later:
+        return folder.make(case.name, folder.recipe([folder.files[name] for name in case.first], FIRST_STEPS))
+    recipe = folder.recipe([folder.files[name] for name in case.later], case.steps)
+    del recipe["base"]
+    recipe["student"] = str(student(folder, Case(case.first)))
+    recipe["data"] |= LATER["data"]
+    recipe["train"] |= LATER["train"] | ({} if case.regularized else {"regularize": 0})
+    return folder.make(case.name, recipe, "extend")
 
 
-def dmm(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "dmm_core", *map(str, words)], cwd=ROOT, check=True)
+def measure(folder: Folder, case: Case) -> dict[str, Any]:
+    """report.json of the case's student, ``before`` being what the first merge drew."""
+    before = ["--before", student(folder, Case(case.first))] if case.later else []
+    teachers = [folder.files[name] for name in (*case.first, *case.later)]
+    return folder.evaluate(case.name, student(folder, case), teachers, *before)
 
 
 def key_of(case: Case) -> dict[str, Any]:
@@ -117,8 +83,7 @@ def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     return key_of(case) | {
         "styles": [{key: row[key] for key in keys} for row in report["per_style"]],
         "gap_closed": report["gap_closed"]["per_style"], "separation": report["separation"]["student"],
-        "extractor": report["extractor"], "device": report["device"], "torch": torch.__version__,
-        "commit": report["commit"], "date": str(date.today()),
+        **about(report),
     }  # fmt: skip
 
 
@@ -149,12 +114,11 @@ def main() -> None:
     if args.show:
         print("\n".join(table(rows.read(args.out))))
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.folder.absolute())
+    folder = Folder(args.folder)
     for case in (case for case in CASES if not args.only or case.name in args.only):
         if not rows.has(args.out, key_of(case)):
-            rows.append(args.out, row_of(case, bench.measure(case)))
+            rows.append(args.out, row_of(case, measure(folder, case)))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Bench:
     notify: Notify = field(default=lambda what, done, total: None)
     what: str = "draws pictures to compare"
     few: int = 4  # steps of a student for few steps, which draws without guidance
+    expected: int = 0  # pictures that ``notify`` counts up to; 0: those of ``draw_compared`` and ``measure``
 
     def __post_init__(self) -> None:
         assert self.student.codebook is not None
@@ -56,6 +57,7 @@ class Bench:
         self.teachers.embed([*self.prompts, ""])
         self.context = encode_prompts(self.student.text_encoders, [*self.prompts, ""])
         self.done = 0
+        self.expected = self.expected or len(self.prompts) * (3 * len(self.names) + 1)
 
     def sample(
         self,
@@ -84,7 +86,7 @@ class Bench:
         for latents in side_by_side(draw, _chunks(len(prompts), 24), unet.device):
             parts.append(latents)
             self.done += len(latents)
-            self.notify(self.what, self.done, len(self.prompts) * (3 * len(self.names) + 1))
+            self.notify(self.what, self.done, self.expected)
         return torch.cat(parts)
 
     def of_teacher(self, index: int, seeds: int, rows: slice = slice(None)) -> Tensor:
@@ -97,10 +99,12 @@ class Bench:
 
     def in_styles_of(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Pictures of the student in styles of another; what it does not have, it draws in its default style."""
+        unknown = set(names) - set(self.names)
+        self.expected = self.done + len(self.prompts) * (len(self.names) + bool(unknown))
         made = {name: decode(self.student.vae, self.of_student(one_hot(self.names, name))) for name in self.names}
-        if set(names) - set(self.names):
+        if unknown:
             default = decode(self.student.vae, self.of_student(self.codebook.default))
-            made |= dict.fromkeys(set(names) - set(self.names), default)
+            made |= dict.fromkeys(unknown, default)
         return {name: made[name] for name in names}
 
     def of_average(self, seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:

@@ -59,6 +59,12 @@ def mixing_table(
     }  # fmt: skip
 
 
+def expected(bench: Bench, pairs: Sequence[tuple[str, str]]) -> int:
+    """How many pictures the tables of these pairs take."""
+    of = [[bench.teachers.checkpoints[bench.names.index(name)] for name in pair] for pair in pairs]
+    return len(bench.prompts) * len(TENTHS) * sum(1 + same_prediction(*pair) for pair in of)
+
+
 def curve(to_first: Sequence[float], to_second: Sequence[float]) -> dict[str, Any]:
     """Distances along the way and how it goes.
 
@@ -69,5 +75,5 @@ def curve(to_first: Sequence[float], to_second: Sequence[float]) -> dict[str, An
     return {
         "to_first": list(map(float, to_first)), "to_second": list(map(float, to_second)),
         "monotone": bool((steps >= 0).all()),
-        "against": float(-steps.clip(max=0).sum() / max(np.abs(steps).sum(), 1e-12)),
+        "against": float(0.0 - steps.clip(max=0).sum() / max(np.abs(steps).sum(), 1e-12)),
     }  # fmt: skip

@@ -25,12 +25,14 @@ def present(out: Path, measured: Measured, gallery: Bench, file: Path, before: B
     """
     names, vae = gallery.names, gallery.student.vae
     labels = [subject(prompt) for prompt in gallery.prompts]
+    rows = min(PAIRS, len(labels)) if len(names) > 1 else 0
+    gallery.expected = len(labels) * (2 * len(names) + 1) + rows * (len(TENTHS) + 1)
     teachers = {name: decode(vae, gallery.of_teacher(i, SEEDS_A)) for i, name in enumerate(names)}
     students = {name: decode(vae, gallery.of_student(one_hot(names, name))) for name in names}
     earlier = before.in_styles_of(names) if before else {}
     styles = StyleGrid(labels, teachers, students, decode(vae, gallery.of_average()), earlier)
     strips = []
-    for row in range(min(PAIRS, len(labels)) if len(names) > 1 else 0):
+    for row in range(rows):
         pair = (names[2 * row % len(names)], names[(2 * row + 1 + row // 2) % len(names)])
         pictures = mix_pictures(gallery, [pair], row, TENTHS)[0]
         strips.append(MixStrip(labels[row], *pair, pictures, average_of_pair(gallery, pair, row)))

@@ -73,7 +73,7 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     """Measure the file beside these opened teachers, and show it."""
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.measure import draw_compared, measure
-    from dmm_core.mixing import mixing_table
+    from dmm_core.mixing import expected, mixing_table
     from dmm_core.present import SUBJECTS, present
 
     began = time.monotonic()
@@ -82,13 +82,14 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     bench = bench_of(args, teachers, Notifier(report))
     pairs = pairs_of(args.mix or [], bench.names)
     before = earlier_bench(bench, args.before) if args.before else None
+    bench.expected += expected(bench, pairs)
     compared = draw_compared(bench)
     mixing = [mixing_table(bench, compared, pair) for pair in pairs]
     told = [{k: v for k, v in entry.items() if k != "thumbnail"} for entry in open_checkpoint(args.file).style_info]
     about = {"title": bench.student.path.stem, "mixing": mixing, "merged": told}
     measured = measure(bench, began, compared=compared, before=before, **about)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
-    gallery = replace(bench, prompts=few, what="draws pictures to show")
+    gallery = replace(bench, prompts=few, what="draws pictures to show", expected=0)
     small = replace(before, prompts=few) if before else None
     paths = present(Path(args.out), measured, gallery, bench.student.path, small)
     for line in headline(measured.report):
@@ -157,7 +158,7 @@ def earlier_bench(bench: Any, path: str) -> Any:
     """The same bench with the student that a file holds."""
     from dmm_core.models import load_pipeline
 
-    return replace(bench, student=load_pipeline(path, bench.student.device), what="draws what was before")
+    return replace(bench, student=load_pipeline(path, bench.student.device), what="draws what was before", expected=0)
 
 
 class Notifier:
@@ -170,7 +171,7 @@ class Notifier:
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self.bars:
             self.bars[what] = self.report.progress(total, what)
-        self.bars[what].to(min(done, total))
+        self.bars[what].to(done)
         if done == total:
             self.bars[what].close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,11 @@ def test_evaluate_with_a_mix(tmp_path: Path, capsys):
     line = ["evaluate", str(file), "--teacher", *teachers, "--images", "4", "--steps", "1", "--cfg", "1"]
     line += ["--out", str(tmp_path / "report"), "--mix", *names]
     assert main([*line, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    counts = dict(re.findall(r"(draws pictures to \w+): (\d+/\d+), .*took", printed.err))
+    # compared: seven sets of four, and eleven mixes of styles and of weights; shown: five sets, a strip, an average
+    assert counts == {"draws pictures to compare": "116/116", "draws pictures to show": "56/56"}
     (mixing,) = report["mixing"]
     assert mixing["amounts"] == [i / 10 for i in range(11)] and len(mixing["average"]["to_second"]) == 11
     # at 0 and 1 the mix is the style itself: the matrix's own figures

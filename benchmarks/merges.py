@@ -1,0 +1,64 @@
+"""Merges of the mini family by the commands that users call: what several benchmarks have in common."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dmm_core.recipe import load_recipe
+from dmm_core.stages import unfinished
+from mini_family import demo, family
+
+ROOT = Path(demo.__file__).resolve().parents[1]
+IMAGES = 96  # a style
+
+
+def dmm(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "dmm_core", *map(str, words)], cwd=ROOT, check=True)
+
+
+class Folder:
+    """A folder with the family's checkpoints and prompts. A merge that lies in it already is not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        paths = family.unpack(self.path / "teachers", (*family.TEACHERS, *family.LATER))
+        self.files = {path.stem: path for path in paths}
+        (self.path / "train.txt").write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
+        (self.path / "held-out.txt").write_text("\n".join(demo.held_out_prompts()) + "\n", encoding="utf-8")
+
+    def recipe(self, teachers: Sequence[Path], steps: int, base: Path | None = None) -> dict[str, Any]:
+        """The demo's, of other teachers and length, in one process."""
+        made = demo.recipe_of(self.path, list(teachers), base or self.files["base"], self.path / "train.txt", steps)
+        made["train"]["processes"] = 1
+        return made
+
+    def make(self, name: str, recipe: dict[str, Any], verb: str = "distill") -> Path:
+        """The DMM file of a recipe; one that was interrupted goes on."""
+        out, path = self.path / f"{name}.safetensors", self.path / f"{name}.yaml"
+        if not out.exists():
+            path.write_text(yaml.safe_dump({**recipe, "out": str(out)}), encoding="utf-8")
+            dmm(verb, path, *(["--resume"] if unfinished(load_recipe(path)) else []))
+        return out
+
+    def evaluate(self, name: str, student: Path, teachers: Sequence[Path], *more: object) -> dict[str, Any]:
+        """report.json of a student beside its teachers."""
+        out = self.path / f"{name}.evaluation"
+        dmm("evaluate", student, "--teacher", *teachers, "--prompts", self.path / "held-out.txt", "--images", IMAGES,
+            "--out", out, *more)  # fmt: skip
+        return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def about(report: dict[str, Any]) -> dict[str, Any]:
+    """What a line of results says of how it was measured."""
+    told = {key: report[key] for key in ("extractor", "device", "commit")}
+    return told | {"torch": torch.__version__, "date": str(date.today())}
