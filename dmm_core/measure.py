@@ -19,6 +19,7 @@ from dmm_core import __version__
 from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
+from dmm_core.features import appeal
 from dmm_core.models import Pipeline
 from dmm_core.sample import decode, initial_noise, sample_latents
 from dmm_core.speed import side_by_side
@@ -183,13 +184,15 @@ def measure(
     samples_seen: int | None = None,
     compared: Compared | None = None,
     before: Bench | None = None,
+    networks: Sequence[appeal.Network] = (),
     **more: Any,
 ) -> Measured:
     """Sample all sets, compare them, and close the report. ``began`` is what ``time.monotonic()`` gave at the start.
 
     The training data never held the latents of the bench's prompts: they are drawn here, with other seeds. ``compared``
     is what ``draw_compared`` gave for the same bench, where several students are measured against the same teachers.
-    ``before``: the same bench with an earlier student in the student's place.
+    ``before``: the same bench with an earlier student in the student's place. ``networks``: of further scores, by which
+    an equal mix of all styles is set beside the weight average.
     """
     compared = compared or draw_compared(bench)
     of_student = {name: bench.of_student(one_hot(bench.names, name)) for name in bench.names}
@@ -198,6 +201,10 @@ def measure(
         student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average),
         before=before.in_styles_of(bench.names) if before else None,
     )  # fmt: skip
+    if networks:
+        mix = decode(bench.student.vae, bench.of_student(dict.fromkeys(bench.names, 1.0)))
+        sets = {"equal mix": [mix], "weight average": [compared.average], "each style": list(student.values())}
+        more["appeal"] = appeal.table(networks, sets | {"teachers": list(compared.teachers_a.values())}, bench.prompts)
     few = bool(bench.student.few_step)
     gap = None if few else probe_gap(bench, compared.latents_b)  # of few steps: it predicts with its guidance in it
     report = to_report(

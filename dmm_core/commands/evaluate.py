@@ -72,6 +72,7 @@ def strengths(recipe: str) -> dict[str, float]:
 def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dict:
     """Measure the file beside these opened teachers, and show it."""
     from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.features import appeal
     from dmm_core.measure import draw_compared, measure
     from dmm_core.mixing import expected, mixing_table
     from dmm_core.present import SUBJECTS, present
@@ -82,12 +83,13 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     bench = bench_of(args, teachers, Notifier(report))
     pairs = pairs_of(args.mix or [], bench.names)
     before = earlier_bench(bench, args.before) if args.before else None
-    bench.expected += expected(bench, pairs)
+    networks = appeal.find(bench.student.device)
+    bench.expected += expected(bench, pairs) + len(bench.prompts) * bool(networks)
     compared = draw_compared(bench)
     mixing = [mixing_table(bench, compared, pair) for pair in pairs]
     told = [{k: v for k, v in entry.items() if k != "thumbnail"} for entry in open_checkpoint(args.file).style_info]
     about = {"title": bench.student.path.stem, "mixing": mixing, "merged": told}
-    measured = measure(bench, began, compared=compared, before=before, **about)
+    measured = measure(bench, began, compared=compared, before=before, networks=networks, **about)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
     gallery = replace(bench, prompts=few, what="draws pictures to show", expected=0)
     small = replace(before, prompts=few) if before else None
@@ -186,6 +188,10 @@ def headline(report: dict[str, Any]) -> list[str]:
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
         *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
         *separated(report),
+        *(
+            f"{row['score']}: " + ", ".join(f"{what} {mean:.2f}" for what, mean in row["means"].items())
+            for row in report.get("appeal", ())
+        ),
         f"measured with {report['extractor']}, {report['images_per_style']} pictures a style",
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 from dmm_core.report.chart import mixing_chart
 from dmm_core.report.pictures import Grids
 from dmm_core.report.tables import (
+    appeal_numbers,
     e,
     heat_table,
     mix_table,
@@ -35,6 +36,8 @@ def page(report: Mapping[str, Any], grids: Grids, title: str) -> str:
     if report.get("mixing"):
         shown = [mixing_chart(mixing) + mixing_numbers(mixing) for mixing in report["mixing"]]
         parts.append(_section("Mixes in figures", _MIXING, *shown))
+    if report.get("appeal"):
+        parts.append(_section("Prompts and taste", _APPEAL, appeal_numbers(report["appeal"])))
     parts += [_matrices(report), _average(report, grids), _made(report), _use(report, grids)]
     count = len(report["styles"])
     styles = f"{count} {'style' if count == 1 else 'styles'} in one checkpoint: {', '.join(report['styles'])}"
@@ -59,6 +62,11 @@ _BEFORE = (
 _MIXING = (
     "How far the pictures of each mix lie from both teachers. A good slider leads steadily away from the first and "
     "towards the second; beside it, averages of the two teachers' weights in the same proportion."
+)
+_APPEAL = (
+    "How well the pictures fit their prompts (CLIP score) and how much people like such pictures (PickScore, aesthetic "
+    "score), by networks that were trained to tell; higher is better. The mix takes all styles alike, as the weight "
+    "average does with the checkpoints."
 )
 _LAST_ROW = " The last row is what averaging the checkpoints' weights gives."
 _MIXES = (

@@ -151,5 +151,12 @@ def mixing_numbers(mixing: Mapping[str, Any]) -> str:
     return numbers_table(head, [*rows, steady])
 
 
+def appeal_numbers(appeal: Sequence[Mapping[str, Any]]) -> str:
+    """One row a score, a column for each set of pictures."""
+    sets = list(appeal[0]["means"])
+    rows = [[row["score"], *(f"{row['means'][what]:.2f}" for what in sets), row["network"]] for row in appeal]
+    return numbers_table(["", *sets, "network"], rows)
+
+
 def _scroll(table: str) -> str:
     return f'<div class="scroll" tabindex="0">{table}</div>'
