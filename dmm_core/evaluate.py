@@ -27,6 +27,7 @@ class Evaluation:
     """What :func:`evaluate_pictures` measured. Matrices are (N, N): row = whose pictures, column = teacher (seeds B).
 
     ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's;
+    ``others`` what other models without styles make of it: ``name``, ``distances``, ``ratio`` and ``ratio_error``.
     ``separation`` is what ``separation.separation`` says.
     Errors are one standard deviation over
     ``bootstrap`` resamples, None without any.
@@ -47,6 +48,7 @@ class Evaluation:
     average_ratio_error: float | None
     style_ratio_errors: tuple[float | None, ...]
     before_row: np.ndarray | None = None
+    others: tuple[dict[str, Any], ...] = ()
     separation: dict[str, Any] | None = None
 
     @property
@@ -104,6 +106,7 @@ def evaluate_pictures(
     extractor: Extractor | None = None,
     *,
     before: Pictures | None = None,
+    others: Pictures | None = None,
     bootstrap: int | None = None,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
@@ -117,6 +120,7 @@ def evaluate_pictures(
         average: the plain average of the teachers' weights, sampled like the student.
         extractor: what measures; the best of this machine if left out.
         before: an earlier student, which may not have all of the styles, sampled like the student.
+        others: models without styles (name → pictures), sampled like the weight average.
         bootstrap: resamples for the error bars; left out: 100, or none where features are too long for it.
         seed: of the resampling and of the halves that the floor compares.
         on_progress: told what is being done, in a few words.
@@ -125,8 +129,9 @@ def evaluate_pictures(
         BadInput: a style without pictures in one of the sets, or sets of different size.
     """
     sets = {"student": student, "teachers": teachers, "reference": reference}
-    further = {"weight average": average, "earlier student": before}
-    styles, count = _check({**sets, **{what: pictures for what, pictures in further.items() if pictures is not None}})
+    more = {"weight average": average, "earlier student": before}
+    more |= {name: dict.fromkeys(student, pictures) for name, pictures in (others or {}).items()}
+    styles, count = _check({**sets, **{what: pictures for what, pictures in more.items() if pictures is not None}})
     tell = on_progress or (lambda _: None)
     network = extractor or Extractor.find()
     resamples = bootstrap if bootstrap is not None else 100 if network.dim <= MAX_BOOTSTRAP_DIM else 0
@@ -146,8 +151,15 @@ def evaluate_pictures(
         None if rows is None else np.array([frechet(f, g) for f, g in zip(rows, gauss_b, strict=True)])
         for rows in (w, features("earlier student", before) if before is not None else None)
     )
+    further = {name: [network(pictures)] * len(b) for name, pictures in (others or {}).items()}
     tell("error bars")
-    errors = ratio_errors(bootstrap_distances([s, r] + ([w] if w else []), b, resamples, seed))
+    plain = [w] if w else []
+    errors, style_errors = ratio_errors(bootstrap_distances([s, r, *plain, *further.values()], b, resamples, seed))
+    beside = []
+    for (name, rows), error in zip(further.items(), errors[2 + len(plain) :], strict=True):
+        way = [frechet(Gaussian.of(f), g) for f, g in zip(rows, gauss_b, strict=True)]
+        ratio = sum(way) / float(np.trace(own))
+        beside.append({"name": name, "distances": way, "ratio": ratio, "ratio_error": error})
     return Evaluation(
         styles=styles,
         extractor=network.name,
@@ -161,9 +173,10 @@ def evaluate_pictures(
         average_row=row,
         bootstrap=resamples,
         ratio_error=errors[0],
-        average_ratio_error=errors[1],
-        style_ratio_errors=errors[2],
+        average_ratio_error=errors[2] if w else None,
+        style_ratio_errors=style_errors,
         before_row=row_before,
+        others=tuple(beside),
         separation=separation(s, b, r),
     )
 
@@ -247,6 +260,7 @@ def to_report(
             "gap_closed": average_gap["mean"],
             "distances": None if e.average_row is None else e.average_row.tolist(),
         },
+        "baselines": [dict(other) for other in e.others],
         "per_style": e.rows(),
         "kid": e.kid.tolist(),
         "kid_reference": e.kid_reference.tolist(),

@@ -123,15 +123,15 @@ def bootstrap_distances(
     return out
 
 
-def ratio_errors(distances: np.ndarray) -> tuple[float | None, float | None, tuple[float | None, ...]]:
-    """Standard deviations of the student's ratio to the reference, of the weight average's, and of each style's.
+def ratio_errors(distances: np.ndarray) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """Standard deviations of each measured list's ratio to the reference, and of each style's of the student.
 
-    ``distances`` (resamples, 2 or 3, N) of :func:`bootstrap_distances`: student, reference and, if there is one,
-    weight average. A ratio is the sum over the styles divided by the reference's. None with fewer than 2 resamples.
+    ``distances`` (resamples, 2 or more, N) of :func:`bootstrap_distances`: student, reference, then any others. A ratio
+    is the sum over the styles divided by the reference's. None with fewer than 2 resamples.
     """
     if len(distances) < 2:
-        return None, None, (None,) * distances.shape[2]
+        return (None,) * distances.shape[1], (None,) * distances.shape[2]
     total = distances.sum(2)
     ratios = (total / total[:, 1:2]).std(0, ddof=1)
     per_style = (distances[:, 0] / distances[:, 1]).std(0, ddof=1)
-    return float(ratios[0]), float(ratios[2]) if len(ratios) > 2 else None, tuple(map(float, per_style))
+    return tuple(map(float, ratios)), tuple(map(float, per_style))

@@ -37,6 +37,7 @@ class Bench:
     Args:
         average: the teachers' averaged UNet, without a style input.
         size: height and width of latents.
+        others: further UNets without a style input to be set beside, by name.
     """
 
     student: Pipeline
@@ -49,6 +50,7 @@ class Bench:
     notify: Notify = field(default=lambda what, done, total: None)
     what: str = "draws pictures to compare"
     few: int = 4  # steps of a student for few steps, which draws without guidance
+    others: Mapping[str, Any] = field(default_factory=dict)
     expected: int = 0  # pictures that ``notify`` counts up to; 0: those of ``draw_compared`` and ``measure``
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class Bench:
         self.teachers.embed([*self.prompts, ""])
         self.context = encode_prompts(self.student.text_encoders, [*self.prompts, ""])
         self.done = 0
-        self.expected = self.expected or len(self.prompts) * (3 * len(self.names) + 1)
+        self.expected = self.expected or len(self.prompts) * (3 * len(self.names) + 1 + len(self.others))
 
     def sample(
         self,
@@ -108,8 +110,13 @@ class Bench:
             made |= dict.fromkeys(unknown, default)
         return {name: made[name] for name in names}
 
-    def of_average(self, seeds: int = SEEDS_A, rows: slice = slice(None)) -> Tensor:
-        return self.sample(self.average, self.context, seeds, rows=rows)
+    def of_average(self) -> Tensor:
+        return self.sample(self.average, self.context, SEEDS_A)
+
+    def of_others(self) -> dict[str, np.ndarray]:
+        """Pictures of ``others``."""
+        drawn = {name: self.sample(unet, self.context, SEEDS_A) for name, unet in self.others.items()}
+        return {name: decode(self.student.vae, latents) for name, latents in drawn.items()}
 
 
 def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeats: int = 1) -> dict[str, Any]:
@@ -118,7 +125,8 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
     Timesteps are spread evenly over all of them, the same for every style. ``latents``: clean ones a style, a row a
     prompt of the bench.
     """
-    student_mse, average_mse = {}, {}
+    student_mse: dict[str, float] = {}
+    plain_mse: dict[str, dict[str, float]] = {"": {}, **{other: {} for other in bench.others}}
     for index, name in enumerate(bench.names):
         rng = torch.Generator().manual_seed(seed)
         x0 = latents[name].repeat(repeats, 1, 1, 1)
@@ -133,10 +141,13 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
         style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
         labels = style.expand(count, -1)
         mine = _in_chunks(partial(predict, bench.student.unet), x_t, t, context, labels)
-        plain = _in_chunks(partial(predict, bench.average), x_t, t, context)
         student_mse[name] = F.mse_loss(mine, wanted).item()
-        average_mse[name] = F.mse_loss(plain, wanted).item()
-    return score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
+        for other, unet in {"": bench.average, **bench.others}.items():
+            plain = _in_chunks(partial(predict, unet), x_t, t, context)
+            plain_mse[other][name] = F.mse_loss(plain, wanted).item()
+    average_mse = plain_mse.pop("")
+    gap = score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
+    return gap | {"others": {other: score_gap(mse, average_mse)["mean"] for other, mse in plain_mse.items()}}
 
 
 def _in_chunks(ask: Callable[..., Tensor], x_t: Tensor, *more: Any) -> Tensor:
@@ -199,7 +210,7 @@ def measure(
     student = {name: decode(bench.student.vae, z) for name, z in of_student.items()}
     evaluation = evaluate_pictures(
         student, compared.teachers_b, compared.teachers_a, dict.fromkeys(bench.names, compared.average),
-        before=before.in_styles_of(bench.names) if before else None,
+        before=before.in_styles_of(bench.names) if before else None, others=bench.of_others(),
     )  # fmt: skip
     if networks:
         mix = decode(bench.student.vae, bench.of_student(dict.fromkeys(bench.names, 1.0)))
@@ -207,6 +218,7 @@ def measure(
         more["appeal"] = appeal.table(networks, sets | {"teachers": list(compared.teachers_a.values())}, bench.prompts)
     few = bool(bench.student.few_step)
     gap = None if few else probe_gap(bench, compared.latents_b)  # of few steps: it predicts with its guidance in it
+    of_others = gap.pop("others") if gap else {}
     report = to_report(
         evaluation, gap=gap, seconds=round(time.monotonic() - began, 1),
         samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),
@@ -214,6 +226,8 @@ def measure(
         | ({"student": f"LCM in {bench.few} steps without guidance"} if few else {}),
         **more,
     )  # fmt: skip
+    for baseline in report["baselines"]:
+        baseline["gap_closed"] = of_others.get(baseline["name"])
     return Measured(report)
 
 

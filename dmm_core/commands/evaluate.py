@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", nargs=2, action="append", metavar=("STYLE", "STYLE"),
         help="measure the way from one style to the other in tenths, beside the weight average's; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="FILE",
+        help="checkpoints to set beside, as the weight average is: what dmm merge made of the same teachers, say",
+    )  # fmt: skip
     parser.add_argument("--prompts", help="prompts that training did not use, one a line (built-in ones if left out)")
     parser.add_argument("--images", type=int, default=96, help="pictures a style (96)")
     parser.add_argument("--steps", type=int, default=12, help="sampler steps (12)")
@@ -91,8 +95,8 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     about = {"title": bench.student.path.stem, "mixing": mixing, "merged": told}
     measured = measure(bench, began, compared=compared, before=before, networks=networks, **about)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
-    gallery = replace(bench, prompts=few, what="draws pictures to show", expected=0)
-    small = replace(before, prompts=few) if before else None
+    gallery = replace(bench, prompts=few, what="draws pictures to show", expected=0, others={})
+    small = replace(before, prompts=few, others={}) if before else None
     paths = present(Path(args.out), measured, gallery, bench.student.path, small)
     for line in headline(measured.report):
         report.out(line)
@@ -107,7 +111,7 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.data import built_in_prompts, read_prompts
     from dmm_core.extension import style_teachers
-    from dmm_core.fitting import must_fit
+    from dmm_core.fitting import must_fit, same_prediction
     from dmm_core.latents import latent_size
     from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
@@ -142,10 +146,22 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
         checkpoint.path,
         styled=False,
     )
+    others = {}
+    for path in args.beside:
+        other = open_checkpoint(path)
+        must_fit(checkpoint, other)
+        if not same_prediction(checkpoint, other):
+            raise BadInput(
+                f"does not predict what {checkpoint.path.name} does, and cannot be set beside it", other.path
+            )
+        name = other.path.stem if other.path.stem not in others else str(other.path)
+        others[name] = build_unet(other.unet_config, other.unet(), torch.float32, other.path, styled=False).to(device)
     beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
     cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
     student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
-    return Bench(student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps)
+    return Bench(
+        student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps, others=others
+    )
 
 
 def pairs_of(given: list[list[str]], names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -160,7 +176,9 @@ def earlier_bench(bench: Any, path: str) -> Any:
     """The same bench with the student that a file holds."""
     from dmm_core.models import load_pipeline
 
-    return replace(bench, student=load_pipeline(path, bench.student.device), what="draws what was before", expected=0)
+    return replace(
+        bench, student=load_pipeline(path, bench.student.device), what="draws what was before", expected=0, others={}
+    )
 
 
 class Notifier:
@@ -186,6 +204,7 @@ def headline(report: dict[str, Any]) -> list[str]:
     return [
         f"ratio to the teachers' own distance: {report['ratio']:.3f}{error} "
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
+        *(f"{other['name']} beside: ratio {other['ratio']:.3f}{_closed(other)}" for other in report["baselines"]),
         *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
         *separated(report),
         *(
@@ -194,6 +213,10 @@ def headline(report: dict[str, Any]) -> list[str]:
         ),
         f"measured with {report['extractor']}, {report['images_per_style']} pictures a style",
     ]
+
+
+def _closed(other: dict[str, Any]) -> str:
+    return "" if other["gap_closed"] is None else f", gap closed {other['gap_closed']:.1%}"
 
 
 def separated(report: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from dmm_core.report.chart import mixing_chart
 from dmm_core.report.pictures import Grids
 from dmm_core.report.tables import (
     appeal_numbers,
+    baseline_numbers,
     e,
     heat_table,
     mix_table,
@@ -173,6 +174,7 @@ def _average(report: Mapping[str, Any], grids: Grids) -> str:
         f"Averaging the {len(report['styles'])} checkpoints' weights gives one blend that has no styles to choose "
         f"from: its distance ratio is {average['ratio']:.2f}{spread}, the merge's is {report['ratio']:.2f}."
         + (" Its pictures are the last row of the styles." if seen else ""),
+        baseline_numbers(report) if report.get("baselines") else "",
     )
 
 

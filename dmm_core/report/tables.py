@@ -151,6 +151,19 @@ def mixing_numbers(mixing: Mapping[str, Any]) -> str:
     return numbers_table(head, [*rows, steady])
 
 
+def baseline_numbers(report: Mapping[str, Any]) -> str:
+    """The student, the weight average and further models without styles: ratio and gap closed."""
+    student = {"name": "this merge", "ratio_error": report.get("ratio_error"), "ratio": report["ratio"],
+               "gap_closed": report["gap_closed"].get("mean")}  # fmt: skip
+    average = {**report["weight_average"], "name": "weight average"}
+    rows = []
+    for row in (student, average, *report["baselines"]):
+        spread = f" ± {row['ratio_error']:.2f}" if row.get("ratio_error") is not None else ""
+        gap = row.get("gap_closed")
+        rows.append([row["name"], f"{row['ratio']:.2f}{spread}", "–" if gap is None else f"{100 * gap:.0f} %"])
+    return numbers_table(["", "ratio", "gap closed"], rows)
+
+
 def appeal_numbers(appeal: Sequence[Mapping[str, Any]]) -> str:
     """One row a score, a column for each set of pictures."""
     sets = list(appeal[0]["means"])

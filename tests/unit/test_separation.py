@@ -67,13 +67,18 @@ def test_evaluate_with_a_mix(tmp_path: Path, capsys):
     file = tiny.write_tiny_dmm(tmp_path / "dmm.safetensors", names)
     teachers = [str(tiny.write_tiny(tmp_path / f"{i}.safetensors", seed=40 * i)) for i in range(2)]
     line = ["evaluate", str(file), "--teacher", *teachers, "--images", "4", "--steps", "1", "--cfg", "1"]
-    line += ["--out", str(tmp_path / "report"), "--mix", *names]
+    line += ["--out", str(tmp_path / "report"), "--beside", teachers[0], "--mix", *names]
     assert main([*line, "--json"]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     counts = dict(re.findall(r"(draws pictures to \w+): (\d+/\d+), .*took", printed.err))
-    # compared: seven sets of four, and eleven mixes of styles and of weights; shown: five sets, a strip, an average
-    assert counts == {"draws pictures to compare": "116/116", "draws pictures to show": "56/56"}
+    # compared: eight sets of four, and eleven mixes of styles and of weights; shown: five sets, a strip, an average
+    assert counts == {"draws pictures to compare": "120/120", "draws pictures to show": "56/56"}
+    (beside,) = report["baselines"]  # a teacher: as near to its own pictures as with other seeds, and no error there
+    assert beside["name"] == "0" and beside["distances"][0] == pytest.approx(report["reference"][0][0], rel=1e-4)
+    assert beside["ratio"] == pytest.approx(sum(beside["distances"]) / report["fid_t_reference"])
+    # what it closes of the second style's gap is negative, since the average is nearer to that teacher; of its own, all
+    assert beside["ratio_error"] > 0 and -10 < 2 * beside["gap_closed"] - 1 < 0
     (mixing,) = report["mixing"]
     assert mixing["amounts"] == [i / 10 for i in range(11)] and len(mixing["average"]["to_second"]) == 11
     # at 0 and 1 the mix is the style itself: the matrix's own figures
@@ -81,5 +86,7 @@ def test_evaluate_with_a_mix(tmp_path: Path, capsys):
     assert ends == pytest.approx((report["matrix"][0][0], report["matrix"][1][1]), rel=1e-4)
     assert 0 <= report["separation"]["student"] <= 1 and report["separation"]["chance"] == 0.5
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "Mixes in figures" in page and "weight of néon" in page and "Style recognised" in page
+    assert (
+        "Mixes in figures" in page and "this merge" in page and "weight of néon" in page and "Style recognised" in page
+    )
     assert main([*line[:-2], "ink", "nobody"]) == 2 and "no style 'nobody'" in capsys.readouterr().err
