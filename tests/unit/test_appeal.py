@@ -1,8 +1,10 @@
-"""CLIP score, PickScore and aesthetic score: against transformers' own pieces, and in a report from end to end."""
+"""CLIP score, PickScore and aesthetic score: against transformers' own pieces.
+
+In a report, from end to end, they are in test_separation.py.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmm_core.cli import main
 from dmm_core.errors import BadInput
 from dmm_core.features import appeal
 from dmm_core.tokens import tokenize
@@ -21,18 +22,7 @@ PROMPTS = ["a red apple", "two cats on a long bench", "a house"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A random CLIP in a folder as the hub has it."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**sizes, "eos_token_id": 49407}, vision_config={**sizes, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    return folder
+    return tiny.write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(autouse=True)
@@ -118,19 +108,3 @@ def test_what_is_named_and_is_not_there(clip, monkeypatch, tmp_path):
     monkeypatch.setenv(appeal.AESTHETIC, str(tmp_path / "taste.safetensors"))
     with pytest.raises(BadInput, match="does not lead from 16 numbers"):
         appeal.find()
-
-
-def test_evaluate_tells_them(clip, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(appeal.CLIP[0], str(clip))
-    file = tiny.write_tiny_dmm(tmp_path / "dmm.safetensors", ("ink", "clay"))
-    teachers = [str(tiny.write_tiny(tmp_path / f"{i}.safetensors", seed=40 * i)) for i in range(2)]
-    line = ["evaluate", str(file), "--teacher", *teachers, "--images", "4", "--steps", "1", "--cfg", "1"]
-    assert main([*line, "--out", str(tmp_path / "report"), "--json"]) == 0
-    printed = capsys.readouterr()
-    (row,) = json.loads(printed.out)["appeal"]
-    assert row["score"] == "CLIP score"
-    assert list(row["means"]) == ["equal mix", "weight average", "each style", "teachers"]
-    assert len(set(row["means"].values())) == 4
-    assert "draws pictures to compare: 32/32" in printed.err  # 4 × (3 × 2 + 1), and 4 of the mix
-    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "Prompts and taste" in page and f"{row['means']['equal mix']:.2f}" in page

@@ -20,12 +20,22 @@ from mini_family.names import subjects
 from tests.unit import tiny
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """A few subjects and small batches, for the tests' time."""
+    names = subjects()[:6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "subjects", lambda held=None: names[:1] if held else names)
+        patch.setattr(train, "BATCH", 4)
+        yield names
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory, few) -> Path:
     """What ``mini_family.draw`` and ``mini_family.autoencoder`` leave, with random values."""
     folder = tmp_path_factory.mktemp("mini")
     generator = torch.Generator().manual_seed(0)
-    shape = (len(subjects()), VARIANTS, 4, 8, 8)
+    shape = (len(few), VARIANTS, 4, 8, 8)
     save_file(
         {style: torch.randn(shape, generator=generator).half() for style in STYLES}, folder / "latents.safetensors"
     )

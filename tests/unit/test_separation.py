@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmm_core.cli import main
+from dmm_core.features import appeal
 from dmm_core.mixing import curve
 from dmm_core.separation import StyleClassifier, separation
 from tests.unit import tiny
@@ -62,7 +63,12 @@ def test_curves():
     assert not crooked["monotone"] and crooked["against"] == pytest.approx(1 / 6)
 
 
-def test_evaluate_with_a_mix(tmp_path: Path, capsys):
+def test_evaluate_with_all_that_can_be_set_beside(tmp_path: Path, capsys, monkeypatch):
+    """A mix in tenths, another model without styles, and the CLIP score of this machine."""
+    for name in (appeal.PICK[0], appeal.AESTHETIC):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(appeal, "_cached", lambda name: False)
+    monkeypatch.setenv(appeal.CLIP[0], str(tiny.write_clip(tmp_path / "clip")))
     names = ("ink", "néon")
     file = tiny.write_tiny_dmm(tmp_path / "dmm.safetensors", names)
     teachers = [str(tiny.write_tiny(tmp_path / f"{i}.safetensors", seed=40 * i)) for i in range(2)]
@@ -72,8 +78,8 @@ def test_evaluate_with_a_mix(tmp_path: Path, capsys):
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     counts = dict(re.findall(r"(draws pictures to \w+): (\d+/\d+), .*took", printed.err))
-    # compared: eight sets of four, and eleven mixes of styles and of weights; shown: five sets, a strip, an average
-    assert counts == {"draws pictures to compare": "120/120", "draws pictures to show": "56/56"}
+    # compared: nine sets of four, and eleven mixes of styles and of weights; shown: five sets, a strip, an average
+    assert counts == {"draws pictures to compare": "124/124", "draws pictures to show": "56/56"}
     (beside,) = report["baselines"]  # a teacher: as near to its own pictures as with other seeds, and no error there
     assert beside["name"] == "0" and beside["distances"][0] == pytest.approx(report["reference"][0][0], rel=1e-4)
     assert beside["ratio"] == pytest.approx(sum(beside["distances"]) / report["fid_t_reference"])
@@ -85,7 +91,11 @@ def test_evaluate_with_a_mix(tmp_path: Path, capsys):
     ends = (mixing["student"]["to_first"][0], mixing["student"]["to_second"][-1])
     assert ends == pytest.approx((report["matrix"][0][0], report["matrix"][1][1]), rel=1e-4)
     assert 0 <= report["separation"]["student"] <= 1 and report["separation"]["chance"] == 0.5
+    (liked,) = report["appeal"]
+    assert liked["score"] == "CLIP score" and len(set(liked["means"].values())) == 4
+    assert list(liked["means"]) == ["equal mix", "weight average", "each style", "teachers"]
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Prompts and taste" in page and f"{liked['means']['equal mix']:.2f}" in page
     assert (
         "Mixes in figures" in page and "this merge" in page and "weight of néon" in page and "Style recognised" in page
     )

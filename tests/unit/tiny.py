@@ -131,3 +131,20 @@ def write_tiny(path: Path, **choices: Any) -> Path:
 def write_tiny_dmm(path: Path, names: Sequence[str] = NAMES, **choices: Any) -> Path:
     """A DMM file of random styles; choices as of ``model``."""
     return write_dmm(path, **model(**choices), codebook=codebook(names), resolution=64)
+
+
+def write_clip(folder: Path) -> Path:
+    """A random CLIP of pictures and texts, in a folder as the hub has it: 32 pixels, embeddings of 16 numbers."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config={**sizes, "eos_token_id": 49407}, projection_dim=16,
+                vision_config={**sizes, "image_size": 32, "patch_size": 8},
+            )
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
