@@ -89,12 +89,7 @@ def inception_extractor(path: str | Path, device: str | torch.device = "cpu") ->
         BadInput: not a .safetensors file, or not those weights. Pickles are not opened.
     """
     file = Path(path).expanduser()
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise BadInput(f"{INCEPTION_VARIABLE} must name an existing .safetensors file", file, CONVERT)
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise BadInput(f"cannot be read as safetensors ({error})", file, CONVERT) from error
+    state = named_weights(INCEPTION_VARIABLE, file, CONVERT)
     # fc has 1008 outputs in the network of FID and 1000 in the ordinary one, whose features differ
     body = {k: v.to(device, torch.float32) for k, v in state.items() if k.startswith(("Conv2d_", "Mixed_"))}
     missing = {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.bn.running_var"} - body.keys()
@@ -102,3 +97,13 @@ def inception_extractor(path: str | Path, device: str | torch.device = "cpu") ->
         what = f"has no {min(missing)}" if missing else f"classifies {len(state['fc.weight'])} classes instead of 1008"
         raise BadInput(f"is not the FID Inception: it {what}", file, CONVERT)
     return Extractor("Inception-v3", "FID (Inception-v3)", inception.DIM, inception.inception_features, body)
+
+
+def named_weights(variable: str, file: Path, hint: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file that an environment variable names. Raises BadInput, with the hint."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise BadInput(f"{variable} must name an existing .safetensors file", file, hint)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise BadInput(f"cannot be read as safetensors ({error})", file, hint) from error

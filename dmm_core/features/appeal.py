@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dmm_core.environment import importing
 from dmm_core.errors import BadInput
+from dmm_core.features import named_weights
 from dmm_core.tokens import tokenize
 
 CLIP = ("DMM_CLIP", "openai/clip-vit-large-patch14")
@@ -130,12 +130,7 @@ def taste(path: Path, clip: Any, device: torch.device | str) -> list[tuple[Tenso
     """
     path = path.expanduser()
     hint = "Convert it: save_file(torch.load(FILE, weights_only=True), 'aesthetic.safetensors')."
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise BadInput(f"{AESTHETIC} must name an existing .safetensors file", path, hint)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise BadInput(f"cannot be read as safetensors ({error})", path, hint) from error
+    state = named_weights(AESTHETIC, path, hint)
     order = lambda key: [int(part) if part.isdigit() else part for part in key.split(".")]  # noqa: E731
     weights = sorted((key for key in state if key.endswith("weight")), key=order)
     layers = [(state[key], state[key.removesuffix("weight") + "bias"]) for key in weights if
