@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("build/add_styles"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="e.g. ink-clay-blueprint-without-neon")
     parser.add_argument("--show", action="store_true", help="print the table of what was measured; nothing is trained")
     args = parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
         print("\n".join(table(rows.read(args.out))))
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Folder(args.folder)
+    folder = Folder(args.folder, args.device)
     for case in (case for case in CASES if not args.only or case.name in args.only):
         if not rows.has(args.out, key_of(case)):
             rows.append(args.out, row_of(case, measure(folder, case)))

@@ -84,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("build/kinds"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, default=Path("build/mini"), help="where mini_family.train wrote")
     parser.add_argument("--student", type=Path, help="of few-step: a DMM file of the four teachers that is there")
     parser.add_argument("--steps", type=int, help="of the merge")
@@ -95,7 +96,7 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.data, args.student = args.data.absolute(), args.student and args.student.absolute()
-    folder = Folder(args.folder)
+    folder = Folder(args.folder, args.device)
     for kind in args.only:
         key = {"kind": kind, "steps": args.steps or STEPS[kind]}
         if rows.has(args.out, key):

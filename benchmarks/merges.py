@@ -28,8 +28,8 @@ def dmm(*words: object) -> None:
 class Folder:
     """A folder with the family's checkpoints and prompts. A merge that lies in it already is not made again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.path, self.device = path.absolute(), device
         self.path.mkdir(parents=True, exist_ok=True)
         paths = family.unpack(self.path / "teachers", (*family.TEACHERS, *family.LATER))
         self.files = {path.stem: path for path in paths}
@@ -39,7 +39,7 @@ class Folder:
     def recipe(self, teachers: Sequence[Path], steps: int, base: Path | None = None) -> dict[str, Any]:
         """The demo's, of other teachers and length, in one process."""
         made = demo.recipe_of(self.path, list(teachers), base or self.files["base"], self.path / "train.txt", steps)
-        made["train"]["processes"] = 1
+        made["train"] |= {"processes": 1, "device": self.device}
         return made
 
     def make(self, name: str, recipe: dict[str, Any], verb: str = "distill") -> Path:
@@ -54,7 +54,7 @@ class Folder:
         """report.json of a student beside its teachers."""
         out = self.path / f"{name}.evaluation"
         dmm("evaluate", student, "--teacher", *teachers, "--prompts", self.path / "held-out.txt", "--images", IMAGES,
-            "--out", out, *more)  # fmt: skip
+            "--device", self.device, "--out", out, *more)  # fmt: skip
         return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 

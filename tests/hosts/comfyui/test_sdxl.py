@@ -1,6 +1,12 @@
-"""A tiny SDXL through /prompt: the tests of test_nodes.py with two text encoders, pooled output and sizes."""
+"""A tiny SDXL through /prompt: the tests of test_nodes.py with two text encoders, pooled output and sizes.
+
+``DMM_SDXL_FILE`` names another one, such as the trained one of ``benchmarks/kinds.py``, which has these styles too.
+"""
 
 from __future__ import annotations
+
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +24,12 @@ INK, CLAY, NEON = style("ink"), style("clay"), style("neon")
 
 @pytest.fixture(scope="module", autouse=True)
 def _file(server) -> None:
-    write_sdxl(server.base / "models" / "checkpoints" / FILE)
+    path = server.base / "models" / "checkpoints" / FILE
+    given = os.environ.get("DMM_SDXL_FILE")
+    if given:
+        shutil.copyfile(given, path)
+    else:
+        write_sdxl(path)
 
 
 def text(content: str = "a cat", more: str | None = None, width: int = 1024, target: int = 1024, crop: int = 0) -> dict:
