@@ -117,9 +117,13 @@ def _open(variable: str, name: str, device: torch.device | str) -> Any:
 
 
 def _cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    """Whether the hub's cache on this machine has the model; nobody is asked."""
+    with importing():
+        from transformers.utils import cached_file
+    try:
+        return cached_file(name, "config.json", local_files_only=True) is not None
+    except OSError:
+        return False
 
 
 def taste(path: Path, clip: Any, device: torch.device | str) -> list[tuple[Tensor, Tensor]]:

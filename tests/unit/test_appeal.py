@@ -41,6 +41,12 @@ def test_without_weights_there_are_no_scores():
     assert appeal.find() == []
 
 
+def test_half_of_a_model_in_the_cache_is_none(monkeypatch):
+    monkeypatch.setattr(appeal, "_cached", lambda name: name == "nobody/has-this")
+    monkeypatch.setattr(appeal, "CLIP", (appeal.CLIP[0], "nobody/has-this"))
+    assert appeal.find() == []
+
+
 def test_pictures_are_prepared_as_transformers_does():
     from transformers import CLIPImageProcessor
 
