@@ -20,13 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about
+from merges import Folder, about, better
 
 from mini_family import family
 
 FIRST_STEPS = 700
-# Of adding to it: less haste than from an average, for the old styles are at their best already; and more pictures.
-LATER = {"data": {"latents_per_teacher": 480, "cfg_scale": 2.0}, "train": {"lr": 5e-4, "snr_power": 0.25}}
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,11 @@ def student(folder: Folder, case: Case) -> Path:
     """The case's DMM file."""
     if not case.later:
         return folder.make(case.name, folder.recipe([folder.files[name] for name in case.first], FIRST_STEPS))
-    recipe = folder.recipe([folder.files[name] for name in case.later], case.steps)
+    # Less haste than from an average, for the old styles are at their best already.
+    recipe = better(folder.recipe([folder.files[name] for name in case.later], case.steps))
     del recipe["base"]
     recipe["student"] = str(student(folder, Case(case.first)))
-    recipe["data"] |= LATER["data"]
-    recipe["train"] |= LATER["train"] | ({} if case.regularized else {"regularize": 0})
+    recipe["train"] |= {} if case.regularized else {"regularize": 0}
     return folder.make(case.name, recipe, "extend")
 
 

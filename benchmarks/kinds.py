@@ -20,13 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about
+from merges import Folder, about, better
 
 from mini_family import family
 
 STEPS = {"lora": 3000, "sdxl": 3000, "few-step": 2400}
-DATA = {"latents_per_teacher": 480, "cfg_scale": 2.0}
-TRAIN = {"lr": 5e-4, "snr_power": 0.25}
 FULL, FEW = 25, (8, 4)  # sampling steps
 
 
@@ -53,15 +51,10 @@ def few_step(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[d
     recipe = better(folder.recipe([], steps))
     del recipe["base"]
     recipe |= {"student": str(first)}
-    recipe["train"] |= {"few_step": DATA["cfg_scale"], "snr_power": 0.0, "ema": 0.995}
+    recipe["train"] |= {"few_step": recipe["data"]["cfg_scale"], "snr_power": 0.0, "ema": 0.995}
     made = folder.make("few-step", recipe)
     for count in FEW:
         yield folder.evaluate(f"steps-{count}", made, files, "--steps", FULL, "--few-steps", count)
-
-
-def better(recipe: dict[str, Any]) -> dict[str, Any]:
-    """With the settings of the longer merges."""
-    return recipe | {"data": recipe["data"] | DATA, "train": recipe["train"] | TRAIN}
 
 
 KINDS = {"lora": lora, "sdxl": sdxl, "few-step": few_step}

@@ -28,9 +28,8 @@ class Evaluation:
 
     ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's;
     ``others`` what other models without styles make of it: ``name``, ``distances``, ``ratio`` and ``ratio_error``.
-    ``separation`` is what ``separation.separation`` says.
-    Errors are one standard deviation over
-    ``bootstrap`` resamples, None without any.
+    ``separation`` is what ``separation.separation`` says. Errors are one standard deviation over ``bootstrap``
+    resamples, None without any.
     """
 
     styles: tuple[str, ...]

@@ -251,6 +251,8 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="go on from what is there")
     parser.add_argument("--processes", type=int, default=1, help="processes that share every step")
     args = parser.parse_args()
+    if args.more and args.lora:
+        parser.error("--more goes on from whole models, not from a LoRA")
     encode_pictures(args.data)
     if args.processes > 1:
         with tempfile.TemporaryDirectory() as folder:
