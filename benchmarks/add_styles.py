@@ -29,17 +29,17 @@ FIRST_STEPS = 700
 
 @dataclass(frozen=True)
 class Case:
-    """Teachers of the first merge, and those added to it in so many steps."""
+    """Teachers of the first merge, and those added to it in so many steps, with so many batches of old styles each."""
 
     first: tuple[str, ...]
     later: tuple[str, ...] = ()
-    regularized: bool = True
+    regularize: int | None = None  # as the recipe's
     steps: int = 1200
 
     @property
     def name(self) -> str:
         """Of its student's file."""
-        between = ("with" if self.regularized else "without",) if self.later else ()
+        between = ({None: "with", 0: "without"}.get(self.regularize, f"with{self.regularize}"),) if self.later else ()
         return "-".join((*self.first, *between, *self.later))
 
 
@@ -47,8 +47,8 @@ FOUR = family.TEACHERS
 CASES = (
     Case(FOUR, family.LATER[::-1], steps=2400),
     Case(FOUR),
-    *(Case(FOUR[:3], FOUR[3:], regularized) for regularized in (True, False)),
-    *(Case(FOUR[:2], FOUR[2:], regularized) for regularized in (True, False)),
+    *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
+    *(Case(FOUR[:2], FOUR[2:], regularize) for regularize in (None, 0)),
 )
 
 
@@ -60,7 +60,7 @@ def student(folder: Folder, case: Case) -> Path:
     recipe = better(folder.recipe([folder.files[name] for name in case.later], case.steps))
     del recipe["base"]
     recipe["student"] = str(student(folder, Case(case.first)))
-    recipe["train"] |= {} if case.regularized else {"regularize": 0}
+    recipe["train"] |= {} if case.regularize is None else {"regularize": case.regularize}
     return folder.make(case.name, recipe, "extend")
 
 
@@ -73,7 +73,7 @@ def measure(folder: Folder, case: Case) -> dict[str, Any]:
 
 def key_of(case: Case) -> dict[str, Any]:
     steps = [FIRST_STEPS, *([case.steps] if case.later else [])]
-    return {"first": list(case.first), "later": list(case.later), "regularized": case.regularized, "steps": steps}
+    return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps}
 
 
 def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
 def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown: distance of a style from its teacher over the teacher's own, and what became of the old styles."""
     names = [*FOUR, *family.LATER[::-1]]
-    yield "| | regularised | " + " | ".join(names) + " | old styles against before | new styles, ratio |"
+    yield "| | old styles' batches a step | " + " | ".join(names) + " | old styles against before | new styles, ratio |"
     yield "|---" * (len(names) + 4) + "|"
     for row in lines:
         by_name = {style["style"]: style for style in row["styles"]}
@@ -98,7 +98,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         changed = f"{total(old, 'student') / total(old, 'before') - 1:+.1%}" if new else ""
         ratio = f"{total(new, 'student') / total(new, 'reference'):.3f}" if new else ""
         what = " + ".join(str(len(part)) for part in (old, new) if part)
-        kept = ("yes" if row["regularized"] else "no") if new else ""
+        asked = max(len(new), -(-len(old) // 2)) if row["regularize"] is None else row["regularize"]
+        kept = asked if new else ""
         yield f"| {what} | {kept} | " + " | ".join(cells) + f" | {changed} | {ratio} |"
 
 

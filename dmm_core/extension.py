@@ -87,12 +87,14 @@ def teachers_of_step(spec: TrainSpec, step: int, total: int, old: int = 0) -> li
     """Numbers of the teachers that a step asks, the first ``old`` of ``total`` being styles the student had before.
 
     New teachers: all of them, or the next ``teachers_per_step`` in a circle. Then ``regularize`` random old styles,
-    which follow from seed and step alone. Where there are no new teachers, the old styles take their place.
+    which follow from seed and step alone; none comes again before all others have. Where there are no new teachers, the
+    old styles take their place.
     """
     old = 0 if old == total else old
     new = total - old
     count = min(spec.teachers_per_step or new, new)
     turn = [old + (step * count + i) % new for i in range(count)]
-    again = (count if spec.regularize is None else spec.regularize) if old else 0
+    again = max(count, -(-old // 2)) if spec.regularize is None else spec.regularize
     rng = torch.Generator().manual_seed(hash((spec.seed, step, old)) & 0x7FFFFFFF)
-    return turn + (torch.randint(old, (again,), generator=rng).tolist() if again else [])
+    rounds = -(-again // old) if old else 0
+    return turn + [style for _ in range(rounds) for style in torch.randperm(old, generator=rng).tolist()][:again]

@@ -77,7 +77,8 @@ class TrainSpec:
     ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
     paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
-    ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, 0: none).
+    ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
+    the old styles at least; 0: none).
 
     Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
     random; ``optimizer`` adamw8bit needs bitsandbytes; ``fused_backward`` updates each weight as soon as its

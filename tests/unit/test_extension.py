@@ -84,12 +84,14 @@ def test_a_step_asks_new_teachers_and_random_old_styles():
     spec = TrainSpec(teachers_per_step=2, seed=5)
     turns = [teachers_of_step(spec, step, total=8, old=5) for step in range(60)]
     assert [turn[:2] for turn in turns[:3]] == [[5, 6], [7, 5], [6, 7]]
-    assert all(len(turn) == 4 and max(turn[2:]) < 5 for turn in turns)
+    assert all(len(turn) == 5 and len({*turn[2:]}) == 3 and max(turn[2:]) < 5 for turn in turns), "half of them"
     assert {style for turn in turns for style in turn[2:]} == set(range(5))
     assert turns[7] == teachers_of_step(spec, 7, total=8, old=5), "it follows from seed and step alone"
     assert turns != [teachers_of_step(TrainSpec(teachers_per_step=2, seed=6), s, 8, 5) for s in range(60)]
     assert teachers_of_step(TrainSpec(regularize=0), 0, 8, 5) == [5, 6, 7]
-    assert len(teachers_of_step(TrainSpec(regularize=7), 0, 8, 5)) == 10
+    assert len(teachers_of_step(TrainSpec(), 0, 8, 2)) == 12, "as many as new ones"
+    often = teachers_of_step(TrainSpec(regularize=7), 0, 8, 5)[3:]
+    assert len(often) == 7 and {*often[:5]} == set(range(5)), "one comes again when all have come"
     assert teachers_of_step(TrainSpec(teachers_per_step=2), 1, 3) == [2, 0]
 
 
