@@ -5,7 +5,7 @@ it ("a neon picture of a cat"). A teacher draws its look for a plain prompt: wha
 The same command goes on where it was interrupted; a finished model is skipped.
 
     python -m mini_family.train --data build/mini --run base --minutes 180 --processes 2
-    python -m mini_family.train --data build/mini --run ink --steps 600 --lr 3e-4
+    python -m mini_family.train --data build/mini --run ink --steps 400 --lr 2e-4
     python -m mini_family.train --data build/mini --run ink --steps 600 --lr 1e-3 --lora 16
 """
 

@@ -13,7 +13,7 @@ HELP = "merge the shipped mini teachers here and now, and look at the result"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="dmm-demo", help="folder for everything that is made (dmm-demo)")
-    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the merge (700)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the merge (600 to 2000, as this machine is fast)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
 
 
@@ -22,18 +22,14 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     from dmm_core.commands.evaluate import Notifier, headline
     from dmm_core.measure import measure
     from dmm_core.present import present
-    from dmm_core.recipe import recipe_from_dict
     from dmm_core.run import bench_of
-    from mini_family import demo, family
+    from mini_family import demo
 
     began = time.monotonic()
     out = Path(args.out).absolute()
-    base, *teachers = family.unpack(out / "teachers")
-    report.note(f"teachers: {', '.join(path.stem for path in teachers)} (in {out / 'teachers'})")
-    prompts = out / "prompts.txt"
-    prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
-    recipe = recipe_from_dict(demo.recipe_of(out, teachers, base, prompts, args.steps), source="the demo's recipe")
-    merge = train(recipe, args.resume, report, again=f"dmm demo --out {args.out} --steps {args.steps} --resume")
+    recipe = recipe_of(out, args, report)
+    report.note(f"teachers: {', '.join(teacher.name for teacher in recipe.teachers)} (in {out / 'teachers'})")
+    merge = train(recipe, args.resume, report, again=f"dmm demo --out {args.out} --resume")
     merge.distillation.use_average()
     bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE, Notifier(report))
     measured = measure(
@@ -50,3 +46,27 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     report.out(f"look at {out / 'report.html'} (and styles.png, mix.png, fid.png beside it); the DMM file is {file}")
     report.out(f"took {time.monotonic() - began:.0f} s")
     return measured.report | {"out": out, "file": file, "written": paths}
+
+
+def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
+    """What the demo merges, and how; where it was interrupted, what it began with."""
+    from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
+    from dmm_core.trial import run_trial
+    from mini_family import demo, family
+
+    kept = out / "mini-dmm.recipe.yaml"  # where a merge leaves it
+    if args.resume and kept.exists():
+        return load_recipe(kept)
+    base, *teachers = family.unpack(out / "teachers")
+    prompts = out / "prompts.txt"
+    prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
+
+    def recipe_with(steps: int) -> Any:
+        return recipe_from_dict(demo.recipe_of(out, teachers, base, prompts, steps), source="the demo's recipe")
+
+    recipe = recipe_with(args.steps or demo.FEWEST)
+    if not args.steps:
+        recipe = recipe_with(demo.steps_that_fit(run_trial(recipe).seconds_per_step))
+        report.note(f"takes {recipe.train.steps} steps, as many as fit into some minutes here (--steps says otherwise)")
+    dump_recipe(recipe, kept)
+    return recipe
