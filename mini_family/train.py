@@ -4,7 +4,7 @@ Like the large base models, the base draws its own look (flat) for a plain promp
 it ("a neon picture of a cat"). A teacher draws its look for a plain prompt: what it learns is a choice, not a new hand.
 The same command goes on where it was interrupted; a finished model is skipped.
 
-    python -m mini_family.train --data build/mini --run base --minutes 180 --processes 2
+    python -m mini_family.train --data build/mini --run base --minutes 90 --processes 2
     python -m mini_family.train --data build/mini --run ink --steps 400 --lr 2e-4
     python -m mini_family.train --data build/mini --run ink --steps 600 --lr 1e-3 --lora 16
 """
