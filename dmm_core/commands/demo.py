@@ -66,7 +66,7 @@ def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
 
     recipe = recipe_with(args.steps or demo.FEWEST)
     if not args.steps:
-        recipe = recipe_with(demo.steps_that_fit(run_trial(recipe).seconds_per_step))
+        recipe = recipe_with(demo.steps_that_fit(run_trial(recipe, steps=6).seconds_per_step))
         report.note(f"takes {recipe.train.steps} steps, as many as fit into some minutes here (--steps says otherwise)")
     dump_recipe(recipe, kept)
     return recipe

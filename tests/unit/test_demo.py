@@ -23,7 +23,7 @@ def test_resuming_takes_the_steps_it_began_with(tmp_path, monkeypatch):
     report = SimpleNamespace(note=told.append)
 
     def begin(resume: bool, steps: int | None, seconds: float) -> int:
-        monkeypatch.setattr(trial, "run_trial", lambda recipe: SimpleNamespace(seconds_per_step=seconds))
+        monkeypatch.setattr(trial, "run_trial", lambda recipe, steps: SimpleNamespace(seconds_per_step=seconds))
         return command.recipe_of(tmp_path, argparse.Namespace(resume=resume, steps=steps), report).train.steps
 
     assert begin(False, None, 0.01) == demo.MOST
