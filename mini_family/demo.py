@@ -10,7 +10,7 @@ from mini_family.names import caption, subjects
 
 CFG_SCALE = 2.0
 SAMPLER_STEPS = 12
-SHOWN = ("cat face", "crown", "sunflower", "red apple", "guitar", "house", "skull", "lemon", "panda", "rocket")
+SHOWN = ("cat face", "crown", "umbrella", "red apple", "guitar", "house", "skull", "trophy", "panda", "rocket")
 REPEATS = 3  # pictures a held-out subject and style
 FEWEST, MOST = 600, 2000  # steps of the merge
 SECONDS = 430  # what all of it should take where that is enough for the fewest

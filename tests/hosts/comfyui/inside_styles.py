@@ -91,7 +91,8 @@ def test_batch_rows_keep_their_styles(pack, loaded):
     assert calls == [6] * STEPS
     for i, name in enumerate(NAMES):
         alone = sample(pack.host.apply(model, style(pack, loaded, name)), text, empty, batch=3)
-        assert apart(rows[i], alone[i]) < 1e-4, name
+        # Beside other rows the same row is rounded otherwise, in proportion to its values (15 and more, untrained).
+        assert apart(rows[i], alone[i]) < 2e-5 * alone[i].abs().max(), name
 
 
 def test_styles_reach_the_unet_to_the_bit(pack, loaded):
