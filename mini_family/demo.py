@@ -13,8 +13,8 @@ SAMPLER_STEPS = 12
 SHOWN = ("cat face", "crown", "umbrella", "red apple", "guitar", "house", "skull", "trophy", "panda", "rocket")
 REPEATS = 3  # pictures a held-out subject and style
 FEWEST, MOST = 600, 2000  # steps of the merge
-SECONDS = 430  # what all of it should take where that is enough for the fewest
-DRAWING, MEASURING = 0.2, 430  # what these take, in steps: for each step, and in all
+SECONDS = 430  # that all of it should take, where they suffice for the fewest steps
+DRAWING, MEASURING = 0.2, 430  # what else takes time, in steps' time: for each step, and in all
 
 
 def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, steps: int) -> dict[str, Any]:

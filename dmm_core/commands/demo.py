@@ -14,7 +14,9 @@ HELP = "merge the shipped mini teachers here and now, and look at the result"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="dmm-demo", help="folder for everything that is made (dmm-demo)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the merge (600 to 2000, as this machine is fast)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted demo, for as many steps as it had"
+    )
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
 def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
     """What the demo merges, and how; where it was interrupted, what it began with."""
     from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
+    from dmm_core.stages import unfinished
     from dmm_core.trial import run_trial
     from mini_family import demo, family
 
@@ -64,8 +67,10 @@ def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
     def recipe_with(steps: int) -> Any:
         return recipe_from_dict(demo.recipe_of(out, teachers, base, prompts, steps), source="the demo's recipe")
 
-    recipe = recipe_with(args.steps or demo.FEWEST)
-    if not args.steps:
+    recipe = recipe_with(demo.FEWEST if args.steps is None else args.steps)
+    if unfinished(recipe):  # which prepare refuses to lose, and --resume needs as it was
+        return recipe
+    if args.steps is None:
         recipe = recipe_with(demo.steps_that_fit(run_trial(recipe, steps=6).seconds_per_step))
         report.note(f"takes {recipe.train.steps} steps, as many as fit into some minutes here (--steps says otherwise)")
     dump_recipe(recipe, kept)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 from dmm_core import trial
 from dmm_core.commands import demo as command
+from dmm_core.recipe import load_recipe
+from dmm_core.stages import state_file
 from mini_family import demo
 
 
@@ -29,4 +31,9 @@ def test_resuming_takes_the_steps_it_began_with(tmp_path, monkeypatch):
     assert begin(False, None, 0.01) == demo.MOST
     assert begin(True, None, 60.0) == demo.MOST and len(told) == 1
     assert begin(False, 40, 60.0) == 40 and len(told) == 1
+    assert begin(True, None, 60.0) == 40
+    recipe = load_recipe(tmp_path / "mini-dmm.recipe.yaml")
+    state_file(recipe).parent.mkdir()
+    state_file(recipe).touch()
+    begin(False, 50, 60.0)  # the merge then refuses to lose what is there
     assert begin(True, None, 60.0) == 40
