@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rows
 from merges import Folder, about, better
 
+from dmm_core.extension import teachers_of_step
+from dmm_core.recipe import TrainSpec
 from mini_family import family
 
 FIRST_STEPS = 700
@@ -98,8 +100,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         changed = f"{total(old, 'student') / total(old, 'before') - 1:+.1%}" if new else ""
         ratio = f"{total(new, 'student') / total(new, 'reference'):.3f}" if new else ""
         what = " + ".join(str(len(part)) for part in (old, new) if part)
-        asked = max(len(new), -(-len(old) // 2)) if row["regularize"] is None else row["regularize"]
-        kept = asked if new else ""
+        asked = teachers_of_step(TrainSpec(regularize=row["regularize"]), 0, len(by_name), len(old))
+        kept = len(asked) - len(new) if new else ""
         yield f"| {what} | {kept} | " + " | ".join(cells) + f" | {changed} | {ratio} |"
 
 
