@@ -1,9 +1,8 @@
-"""Which DMM file the webui has loaded, or why there is none."""
+"""Which DMM file the webui draws with, or why there is none."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from modules import shared
 
@@ -15,29 +14,25 @@ _read: dict[tuple[str, int, int], Book | str] = {}  # file, time and size → wh
 
 
 def current_path() -> Path | None:
-    """The loaded checkpoint's file: ``sd_model.sd_checkpoint_info.filename`` (modules/sd_models.py).
+    """The file that the next picture is drawn with.
 
-    In Forge a placeholder without one stands in its place until the first picture; then the chosen one counts, if the
-    webui says which that is (``sd_models.select_checkpoint``).
+    The loaded one, ``sd_model.sd_checkpoint_info.filename`` (modules/sd_models.py); before there is any, the one that
+    the webui says is chosen (``select_checkpoint``). Forge loads a chosen one with the next picture only: there it is
+    ``model_data.forge_loading_parameters`` that counts.
     """
-    info = getattr(_model(), "sd_checkpoint_info", None)
+    from modules import sd_models
+
+    data = getattr(sd_models, "model_data", None)
+    info = (getattr(data, "forge_loading_parameters", None) or {}).get("checkpoint_info")
+    if info is None:  # ``shared.sd_model`` would load a model in A1111 and reForge
+        info = getattr(data.sd_model if data is not None else shared.sd_model, "sd_checkpoint_info", None)
     if info is None:
         try:
-            from modules.sd_models import select_checkpoint
-
-            info = select_checkpoint()
+            info = sd_models.select_checkpoint()
         except Exception:  # no checkpoint at all: the webui says so itself
             info = None
     name = getattr(info, "filename", None)
     return Path(name) if name else None
-
-
-def _model() -> Any:
-    """The loaded model, without loading one: ``shared.sd_model`` does that in A1111 and reForge."""
-    from modules import sd_models
-
-    data = getattr(sd_models, "model_data", None)
-    return data.sd_model if data is not None else shared.sd_model
 
 
 def current() -> Book | str:

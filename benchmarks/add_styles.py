@@ -20,13 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about, better
+from merges import Folder, about
 
 from dmm_core.extension import teachers_of_step
 from dmm_core.recipe import TrainSpec
-from mini_family import family
-
-FIRST_STEPS = 700
+from mini_family import demo, family
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Case:
 
 FOUR = family.TEACHERS
 CASES = (
-    Case(FOUR, family.LATER[::-1], steps=2400),
+    Case(FOUR, family.LATER[::-1], steps=4000),
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
     *(Case(FOUR[:2], FOUR[2:], regularize) for regularize in (None, 0)),
@@ -57,9 +55,8 @@ CASES = (
 def student(folder: Folder, case: Case) -> Path:
     """The case's DMM file."""
     if not case.later:
-        return folder.make(case.name, folder.recipe([folder.files[name] for name in case.first], FIRST_STEPS))
-    # Less haste than from an average, for the old styles are at their best already.
-    recipe = better(folder.recipe([folder.files[name] for name in case.later], case.steps))
+        return folder.make(case.name, folder.recipe([folder.files[name] for name in case.first], demo.MOST))
+    recipe = folder.recipe([folder.files[name] for name in case.later], case.steps)
     del recipe["base"]
     recipe["student"] = str(student(folder, Case(case.first)))
     recipe["train"] |= {} if case.regularize is None else {"regularize": case.regularize}
@@ -74,7 +71,7 @@ def measure(folder: Folder, case: Case) -> dict[str, Any]:
 
 
 def key_of(case: Case) -> dict[str, Any]:
-    steps = [FIRST_STEPS, *([case.steps] if case.later else [])]
+    steps = [demo.MOST, *([case.steps] if case.later else [])]
     return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps}
 
 

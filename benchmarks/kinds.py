@@ -20,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about, better
+from merges import Folder, about
 
-from mini_family import family
+from mini_family import demo, family
 
 STEPS = {"lora": 3000, "sdxl": 3000, "few-step": 2400}
 FULL, FEW = 25, (8, 4)  # sampling steps
@@ -31,7 +31,7 @@ FULL, FEW = 25, (8, 4)  # sampling steps
 def lora(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[dict[str, Any]]:
     """Four LoRA files in kohya's names on the family's base."""
     files = [args.data / "models" / f"{name}-lora.safetensors" for name in family.TEACHERS]
-    student = folder.make("lora", better(folder.recipe(files, steps)))
+    student = folder.make("lora", folder.recipe(files, steps))
     yield folder.evaluate("lora", student, files, "--base", folder.files["base"])
 
 
@@ -39,16 +39,16 @@ def sdxl(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[dict[
     """Four teachers of SDXL's shape and their base."""
     out = folder.path / "sdxl"
     base, *files = [family.whole(args.data, name, out) for name in ("base", *family.TEACHERS)]
-    student = folder.make("sdxl", better(folder.recipe(files, steps, base)))
+    student = folder.make("sdxl", folder.recipe(files, steps, base))
     yield folder.evaluate("sdxl", student, files)
 
 
 def few_step(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[dict[str, Any]]:
     """A student of the four teachers, and what becomes of it: drawn in 25 steps, in 8 and in 4."""
     files = [folder.files[name] for name in family.TEACHERS]
-    first = args.student or folder.make("four", better(folder.recipe(files, 3000)))
+    first = args.student or folder.make("four", folder.recipe(files, demo.MOST))
     yield folder.evaluate(f"steps-{FULL}", first, files, "--steps", FULL)
-    recipe = better(folder.recipe([], steps))
+    recipe = folder.recipe([], steps)
     del recipe["base"]
     recipe |= {"student": str(first)}
     recipe["train"] |= {"few_step": recipe["data"]["cfg_scale"], "snr_power": 0.0, "ema": 0.995}

@@ -58,12 +58,6 @@ class Folder:
         return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def better(recipe: dict[str, Any]) -> dict[str, Any]:
-    """With more pictures and less haste than the demo has: what the longer merges were made with."""
-    data = {"latents_per_teacher": 480, "cfg_scale": 2.0}
-    return recipe | {"data": recipe["data"] | data, "train": recipe["train"] | {"lr": 5e-4, "snr_power": 0.25}}
-
-
 def about(report: dict[str, Any]) -> dict[str, Any]:
     """What a line of results says of how it was measured."""
     told = {key: report[key] for key in ("extractor", "device", "commit")}

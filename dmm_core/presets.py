@@ -61,8 +61,8 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "mini", "Mini, for the small models that come with this project",
             "400 steps at a learning rate that only such small models bear; minutes on a CPU. Not for full models.",
-            {"data": {"latents_per_teacher": 64, "steps": 8, "cfg_scale": 1.0},
-             "train": {"rows": 24, "steps": 400, "lr": 1e-3, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
+            {"data": {"latents_per_teacher": 200, "steps": 8, "cfg_scale": 2.0},
+             "train": {"rows": 24, "steps": 400, "lr": 5e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
                        "betas": [0.9, 0.99], "snr_power": 0.5, "save_every": 50}},
         ),
     )

@@ -21,6 +21,22 @@
     press("dmm_poll");
   }, 250);
 
+  // Another checkpoint was chosen at the top of the page: the panels look again, while the webui loads it.
+  const CHOSEN = "#setting_sd_model_checkpoint input, input[aria-label='Checkpoint']"; // the latter in Forge
+  let checkpoint;
+  setInterval(() => {
+    const field = find(CHOSEN);
+    if (!field || field === document.activeElement || field.value === checkpoint) return;
+    const first = checkpoint === undefined;
+    checkpoint = field.value;
+    if (first) return; // the page has just been opened, and fills the panels itself
+    for (const wait of [0, 2, 5, 10, 20]) {
+      setTimeout(() => {
+        for (const tab of ["txt2img", "img2img"]) press(`script_${tab}_dmm_styles_refresh`);
+      }, wait * 1000);
+    }
+  }, 500);
+
   const tab = (within, label) => {
     for (const button of root().querySelectorAll(`${within} button`)) {
       if (button.textContent.trim() === label) return button.click();

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mini_family.names import caption, subjects
+from mini_family.names import caption, invented, subjects
 
 CFG_SCALE = 2.0
 SAMPLER_STEPS = 12
 SHOWN = ("cat face", "crown", "umbrella", "red apple", "guitar", "house", "skull", "trophy", "panda", "rocket")
+INVENTED = 700  # prompts beside those of the trained subjects
 REPEATS = 3  # pictures a held-out subject and style
 FEWEST, MOST = 600, 2000  # steps of the merge
 SECONDS = 430  # that all of it should take, where they suffice for the fewest steps
@@ -41,7 +42,10 @@ def steps_that_fit(seconds_per_step: float) -> int:
 
 
 def training_prompts() -> list[str]:
-    return [caption(name) for name in subjects(held=False)]
+    """Of the trained subjects, and of names that mean nothing; the first is what a style's picture shows."""
+    shown = {name.replace(" ", "-") for name in SHOWN}
+    trained = sorted(subjects(held=False), key=lambda name: name not in shown)
+    return [caption(name) for name in (*trained, *invented(INVENTED))]
 
 
 def held_out_prompts() -> list[str]:

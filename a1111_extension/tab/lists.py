@@ -27,6 +27,7 @@ class Lists:
             UNFINISHED: studio.unfinished,
         }
         self.made: list[tuple[Any, str]] = []
+        self.order: dict[str, list[str]] = {}  # of a kind's files in the lists of several
 
     def one(self, label: str, kind: str, elem_id: str, info: str | None = None) -> Any:
         return self._add(kind, label=label, info=info, elem_id=elem_id, value=None)
@@ -36,6 +37,7 @@ class Lists:
 
     def _add(self, kind: str, **options: Any) -> Any:
         choices = self.of[kind]()
+        self.order.setdefault(kind, choices)
         if not options.get("multiselect") and kind in (CHECKPOINTS, UNFINISHED):
             choices = ["", *choices]  # none of them
         custom = MAJOR >= 4 or not options.get("multiselect")  # 3.41 knows no more, and checks no choice either
@@ -56,7 +58,15 @@ class Lists:
         for component, kind in self.made:
             if now is None:
                 made.append(gr.update())
-                continue
-            empty = [""] if not component.multiselect and kind in (CHECKPOINTS, UNFINISHED) else []
-            made.append(gr.update(choices=[*empty, *now[kind]]))
+            elif component.multiselect:
+                made.append(gr.update(choices=self._in_order(kind, now[kind])))
+            else:
+                empty = [""] if kind in (CHECKPOINTS, UNFINISHED) else []
+                made.append(gr.update(choices=[*empty, *now[kind]]))
         return made
+
+    def _in_order(self, kind: str, found: list[str]) -> list[str]:
+        """New files behind the known ones: from 4 on, gradio's page remembers places in the list, not names."""
+        known = self.order[kind]
+        self.order[kind] = [*known, *(name for name in found if name not in known)]
+        return [name for name in self.order[kind] if name in found]

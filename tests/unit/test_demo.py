@@ -12,6 +12,12 @@ from dmm_core.stages import state_file
 from mini_family import demo
 
 
+def test_held_out_subjects_are_in_no_prompt_to_learn_from():
+    prompts, held = demo.training_prompts(), set(demo.held_out_prompts())
+    assert held and not held & set(prompts)
+    assert len(prompts) == len(set(prompts)) > demo.INVENTED and prompts[0] in demo.shown_prompts()
+
+
 def test_a_fast_machine_makes_more_steps_within_bounds():
     counts = [demo.steps_that_fit(seconds) for seconds in (0.01, 0.25, 0.3, 1.0, 60.0)]
     assert counts == sorted(counts, reverse=True)

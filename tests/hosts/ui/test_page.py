@@ -132,6 +132,15 @@ def test_merge_cancel_resume(page, models):
     assert open_checkpoint(models / "checkpoints" / "two styles.safetensors").styles == ("ink", "clay")
 
 
+def test_what_is_chosen_stays_when_files_come(page, models):
+    page.tab("Merge")
+    shutil.copy(models / "checkpoints" / "ink.safetensors", models / "checkpoints" / "a first one.safetensors")
+    page.page.wait_for_timeout(6500)  # idle, the page asks every five seconds
+    assert page.text("dmm_merge_checkpoints").split()[-2:] == ["ink.safetensors", "clay.safetensors"]
+    page.choose("dmm_merge_checkpoints", "a first one.safetensors")
+    assert page.text("dmm_merge_checkpoints").split("\n")[-1] == "a first one.safetensors"
+
+
 def test_inspect(page):
     page.tab("Inspect")
     page.choose("dmm_inspect_file", "two styles.safetensors")

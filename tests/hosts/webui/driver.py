@@ -94,6 +94,10 @@ class Host:
     def load(self, path: Path) -> None:
         self.sd_models.load(path, self.profile)
 
+    def choose(self, path: Path) -> None:
+        """In the checkpoint dropdown: Forge loads it with the next picture only."""
+        self.sd_models.choose(path, self.profile)
+
     @property
     def unet(self) -> Any:
         model = self.shared.sd_model

@@ -147,6 +147,15 @@ def test_infotext_without_styles_switches_off(host):
     assert not any(key.startswith("DMM") for key in job(host).params[0][1])
 
 
+def test_panel_follows_the_choice(host, files):
+    """Before a picture has been drawn with it, after one was drawn with another."""
+    host.load(files / "plain.safetensors")
+    assert "ordinary checkpoint" in host.ui.fill("")[0]["value"]
+    host.choose(files / "dmm.safetensors")
+    assert "dmm.safetensors: 3 styles." in host.ui.fill("")[0]["value"]
+    host.load(files / "dmm.safetensors")
+
+
 def test_infotext_before_its_checkpoint_is_loaded(host, files):
     """Names come from the text then; drawn once the checkpoint is there, it is the picture."""
     told = job(host, {"weights": {"ink": 0.25, "clay": 0.75}})

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from dmm_core.checkpoint import open_checkpoint  # noqa: E402
-from mini_family import family  # noqa: E402
+from mini_family import demo, family  # noqa: E402
 from tests.hosts.ui.page import FLAGS, MINUTES, Page, merge_form  # noqa: E402
 from tests.hosts.webui.real_api import Webui  # noqa: E402
 
-NAME, STEPS = "dmm-check-merged", "40"
+NAME = "dmm-check-merged"
 
 
 def put_teachers(folder: Path) -> None:
@@ -50,11 +50,12 @@ def start(page: Page) -> None:
     assert "failed" not in told, told
 
 
-def check(page: Page, webui: Webui, out: Path) -> None:
+def check(page: Page, webui: Webui, out: Path, steps: int) -> None:
     merge_form(page, NAME, "mini/ink.safetensors", "mini/clay.safetensors", base="mini/base.safetensors")
     page.page.get_by_text("More", exact=True).first.click()
-    page.fill("dmm_merge_steps", STEPS)
-    page.fill("dmm_merge_pictures", "4")
+    page.fill("dmm_merge_steps", str(steps))
+    page.fill("dmm_merge_pictures", str(max(4, steps // 4)))
+    page.fill("dmm_merge_prompts", "\n".join(demo.shown_prompts()))
     began = time.monotonic()
     start(page)
     print(f"first step after {time.monotonic() - began:.0f} s")
@@ -66,12 +67,12 @@ def check(page: Page, webui: Webui, out: Path) -> None:
     picture = webui.ask("/sdapi/v1/txt2img", {"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "seed": 1})
     print("a picture of the webui while the merge runs:", len(picture["images"][0]), "characters")
     page.press("dmm_cancel")
-    told = page.wait("dmm_card", rf"Stopped at step \d+ of {STEPS}")
+    told = page.wait("dmm_card", rf"Stopped at step \d+ of {steps}")
     print("stopped:", told.split("\n")[0])
     assert not out.exists(), f"{out} was written by a merge that was stopped"
     page.choose("dmm_unfinished", NAME)
     page.press("dmm_resume")
-    page.wait("dmm_card", rf"step [2-9]\d of {STEPS}|Done")
+    page.wait("dmm_card", rf"step {steps // 20}\d+ of|Done")
     page.page.evaluate("window.scrollTo(0, 0)")
     page.shot("resumed")
     page.wait("dmm_card", rf"Done: {NAME}\.safetensors")
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("webui", type=Path)
+    parser.add_argument("--steps", type=int, default=40, help="of the merge; pictures worth showing take 300")
     args = parser.parse_args()
     url = args.url.rstrip("/")
     webui = Webui(url, 64, 1)
@@ -100,7 +102,7 @@ def main() -> None:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = Page(browser, url + "/", inside="DMM")
         try:
-            check(page, webui, out)
+            check(page, webui, out, args.steps)
         finally:
             page.shot("last")
             print("errors of the page's scripts:", page.errors or "none")

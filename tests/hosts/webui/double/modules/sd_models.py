@@ -42,6 +42,15 @@ def select_checkpoint():
     return SimpleNamespace(filename=str(chosen)) if chosen else None
 
 
+def choose(path, profile):
+    """The checkpoint dropdown: A1111 and reForge load it, Forge remembers it for the next picture."""
+    global chosen
+    if profile != "forge":
+        return load(path, profile)
+    chosen = Path(path)
+    model_data.forge_loading_parameters = {"checkpoint_info": select_checkpoint()}
+
+
 def list_models():
     moves.append("list")
     checkpoints_list.clear()
@@ -77,6 +86,8 @@ def load(path, profile):
     """Load a checkpoint as the webui of this profile does."""
     global chosen
     chosen = Path(path)
+    if profile == "forge":
+        model_data.forge_loading_parameters = {"checkpoint_info": select_checkpoint()}
     old = shared.sd_model
     unet, state = _build(path, UNetModel if profile == "a1111" else ForksUNet)
     if profile == "a1111" and old is not None:
