@@ -48,15 +48,16 @@ Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
 class Runs:
     """All runs of one call; what does not depend on the student is drawn once."""
 
-    def __init__(self, folder: Path, steps: int, points: int, changes: Changes, gap_only: bool) -> None:
+    def __init__(self, folder: Path, steps: int, points: int, changes: Changes, gap_only: bool, invented: int) -> None:
         self.folder, self.steps, self.points, self.changes, self.gap_only = folder, steps, points, changes, gap_only
+        self.invented = invented
         self.compared: Compared | None = None
         self.held_out: dict[str, Tensor] = {}
 
     def prepare(self, seed: int, start: str, losses: str) -> Merge:
         base, *teachers = family.unpack(self.folder / "teachers")
         prompts = self.folder / "prompts.txt"
-        prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
+        prompts.write_text("\n".join(demo.training_prompts(self.invented)) + "\n", encoding="utf-8")
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "save_every": 0, "processes": 1}
@@ -65,6 +66,7 @@ class Runs:
         for section, key, value in self.changes:
             data[section][key] = value
         drawn = "-".join(str(data["data"][key]) for key in ("latents_per_teacher", "cfg_scale", "steps"))
+        drawn += f"-{self.invented}"
         if losses.endswith(SYNTHESISED):  # other pictures than before
             again = {"data": {**data["data"], "latents_per_teacher": LATENTS // 4}, "train": {"seed": seed + 1}}
             data["stages"] = ["distil", {"name": "synthesised", **again}]
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=known[::2], choices=known)
     parser.add_argument("--set", type=change, nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
                         help="what to change in the recipe: train.lr=0.0005 data.cfg_scale=2")  # fmt: skip
+    parser.add_argument("--invented", type=int, default=demo.INVENTED, help="prompts of names that mean nothing")
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
@@ -136,8 +139,9 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.folder.absolute(), args.steps, args.points, args.changes, args.gap_only)
-    changes = " ".join(f"{section}.{key}={value}" for section, key, value in args.changes)
+    runs = Runs(args.folder.absolute(), args.steps, args.points, args.changes, args.gap_only, args.invented)
+    told = [f"{section}.{key}={value}" for section, key, value in args.changes]
+    changes = " ".join(told + [f"invented={args.invented}"] * (args.invented != demo.INVENTED))
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
         row = dict(zip(KEY, (args.steps, seed, start, losses, changes), strict=True))
         if rows.has(args.out, row):

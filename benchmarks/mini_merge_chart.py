@@ -21,7 +21,8 @@ def curves(rows: Sequence[dict[str, Any]], value: Any) -> dict[str, Curve]:
     """Variant and length → values of all its seeds at each number of samples."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        changes = "".join(f", {change.partition('.')[2].replace('=', ' ')}" for change in row["changes"].split())
+        bare = [change.removeprefix("train.").removeprefix("data.") for change in row["changes"].split()]
+        changes = "".join(f", {change.replace('=', ' ')}" for change in bare)
         name = f"{row['start']} start, {row['losses']}, {row['steps']} steps{changes}"
         for point in row["points"]:
             found.setdefault(name, {}).setdefault(point["samples_seen"], []).append(value(point))

@@ -41,11 +41,11 @@ def steps_that_fit(seconds_per_step: float) -> int:
     return max(FEWEST, min(MOST, 100 * int(steps / 100)))
 
 
-def training_prompts() -> list[str]:
+def training_prompts(more: int = INVENTED) -> list[str]:
     """Of the trained subjects, and of names that mean nothing; the first is what a style's picture shows."""
     shown = {name.replace(" ", "-") for name in SHOWN}
     trained = sorted(subjects(held=False), key=lambda name: name not in shown)
-    return [caption(name) for name in (*trained, *invented(INVENTED))]
+    return [caption(name) for name in (*trained, *invented(more))]
 
 
 def held_out_prompts() -> list[str]:
