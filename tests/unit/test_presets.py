@@ -36,7 +36,7 @@ def test_explicit_keys_win(tmp_path):
     data = plain(preset="best", train={"steps": 7, "batch": 3}, data={"steps": 2})
     recipe = recipe_from_dict(data, check_files=False)
     assert (recipe.train.steps, recipe.train.batch, recipe.data.steps) == (7, 3, 2)
-    assert recipe.train.ema == 0.9995 and recipe.data.latents_per_teacher == 512, "the rest is the preset's"
+    assert recipe.train.ema == 0.9995 and recipe.data.latents_per_teacher == 2048, "the rest is the preset's"
     assert data["train"] == {"steps": 7, "batch": 3}, "the mapping that was given is left alone"
     for name in ("t0.safetensors", "t1.safetensors"):
         (tmp_path / name).touch()
