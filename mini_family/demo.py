@@ -28,7 +28,7 @@ def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, ste
         "out": str(folder / "mini-dmm.safetensors"),
         "data": {"prompts": str(prompts), "latents_per_teacher": latents, "steps": 8, "cfg_scale": 2.0, "size": 64},
         "train": {
-            "steps": steps, "batch": 6, "lr": 4e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
+            "steps": steps, "batch": 6, "lr": 3e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
             "betas": [0.9, 0.99], "snr_power": 0.5, "precision": "fp32", "save_every": 200, "device": "cpu",
             "processes": min(len(teachers), os.cpu_count() or 1),
         },
