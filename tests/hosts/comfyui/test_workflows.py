@@ -61,7 +61,7 @@ def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
         """(values) => { const node = app.graph.nodes.find(n => n.comfyClass === 'MergeCheckpoints');
             for (const w of node.widgets) if (w.name in values) w.callback?.(w.value = values[w.name])
         }""",
-        {"name": name, "recipe": SHORT},
+        {"name": name, "recipe": SHORT, "prompts": "a picture of a cat face\na picture of a crown"},
     )
     page.press_run()
     page.until(f"() => /step \\d+ of 40, .* left\\s+loss: ink 0\\.\\d+, clay 0/.test(({DRAWN})())", None, 240)
