@@ -67,6 +67,6 @@ class Lists:
 
     def _in_order(self, kind: str, found: list[str]) -> list[str]:
         """New files behind the known ones: from 4 on, gradio's page remembers places in the list, not names."""
-        known = self.order[kind]
-        self.order[kind] = [*known, *(name for name in found if name not in known)]
-        return [name for name in self.order[kind] if name in found]
+        self.order[kind] = list(dict.fromkeys([*self.order[kind], *found]))
+        here = set(found)
+        return [name for name in self.order[kind] if name in here]
