@@ -36,7 +36,7 @@ def current_path() -> Path | None:
 
 
 def current() -> Book | str:
-    """The loaded checkpoint's styles; or one line that says why there are none."""
+    """That checkpoint's styles; or one line that says why there are none."""
     path = current_path()
     if path is None:
         return "Off: no checkpoint is loaded yet."

@@ -99,7 +99,7 @@ def _connect(panel: Panel, enabled: Any, refresh: Any, reset: Any, mix: Any) -> 
 
 
 def fill(shown: str) -> list[Any]:
-    """Updates of ``Panel.filled``: the loaded checkpoint's styles, or why there are none.
+    """Updates of ``Panel.filled``: the styles of the checkpoint that is drawn with, or why there are none.
 
     Where the panel shows them already, the sliders stay as they are.
     """

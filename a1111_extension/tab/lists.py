@@ -37,8 +37,9 @@ class Lists:
 
     def _add(self, kind: str, **options: Any) -> Any:
         choices = self.of[kind]()
-        self.order.setdefault(kind, choices)
-        if not options.get("multiselect") and kind in (CHECKPOINTS, UNFINISHED):
+        if options.get("multiselect"):
+            self.order.setdefault(kind, choices)
+        elif kind in (CHECKPOINTS, UNFINISHED):
             choices = ["", *choices]  # none of them
         custom = MAJOR >= 4 or not options.get("multiselect")  # 3.41 knows no more, and checks no choice either
         made = gr.Dropdown(choices, allow_custom_value=custom, **options)
