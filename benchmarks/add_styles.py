@@ -59,6 +59,7 @@ def student(folder: Folder, case: Case) -> Path:
     recipe = folder.recipe([folder.files[name] for name in case.later], case.steps)
     del recipe["base"]
     recipe["student"] = str(student(folder, Case(case.first)))
+    recipe["data"] |= {"latents_per_teacher": case.steps // 2, "prompts": str(folder.prompts(case.steps // 2))}
     recipe["train"] |= {} if case.regularize is None else {"regularize": case.regularize}
     return folder.make(case.name, recipe, "extend")
 

@@ -33,12 +33,17 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         paths = family.unpack(self.path / "teachers", (*family.TEACHERS, *family.LATER))
         self.files = {path.stem: path for path in paths}
-        (self.path / "train.txt").write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
         (self.path / "held-out.txt").write_text("\n".join(demo.held_out_prompts()) + "\n", encoding="utf-8")
+
+    def prompts(self, invented: int = demo.INVENTED) -> Path:
+        """A file of prompts to train with."""
+        path = self.path / f"train-{invented}.txt"
+        path.write_text("\n".join(demo.training_prompts(invented)) + "\n", encoding="utf-8")
+        return path
 
     def recipe(self, teachers: Sequence[Path], steps: int, base: Path | None = None) -> dict[str, Any]:
         """The demo's, of other teachers and length, in one process."""
-        made = demo.recipe_of(self.path, list(teachers), base or self.files["base"], self.path / "train.txt", steps)
+        made = demo.recipe_of(self.path, list(teachers), base or self.files["base"], self.prompts(), steps)
         made["train"] |= {"processes": 1, "device": self.device}
         return made
 

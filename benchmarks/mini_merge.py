@@ -48,9 +48,10 @@ Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
 class Runs:
     """All runs of one call; what does not depend on the student is drawn once."""
 
-    def __init__(self, folder: Path, steps: int, points: int, changes: Changes, gap_only: bool, invented: int) -> None:
-        self.folder, self.steps, self.points, self.changes, self.gap_only = folder, steps, points, changes, gap_only
-        self.invented = invented
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.steps, self.points = folder, args.steps, args.points
+        self.changes, self.finish = args.changes, args.finish
+        self.gap_only, self.invented = args.gap_only, args.invented
         self.compared: Compared | None = None
         self.held_out: dict[str, Tensor] = {}
 
@@ -70,13 +71,16 @@ class Runs:
         if losses.endswith(SYNTHESISED):  # other pictures than before
             again = {"data": {**data["data"], "latents_per_teacher": LATENTS // 4}, "train": {"seed": seed + 1}}
             data["stages"] = ["distil", {"name": "synthesised", **again}]
+        elif self.finish:  # the same pictures again
+            last = {key: value for _, key, value in self.finish}
+            rest = {"steps": self.steps - last["steps"]}
+            data["stages"] = [{"name": "distil", "train": rest}, {"name": "distil", "train": last}]
         latents = self.folder / f"latents-{seed}-{drawn}.safetensors"
-        if latents.exists():
-            data["data"] |= {"kind": "cache", "path": str(latents)}
-            return prepare(recipe_from_dict(data))
-        merge = prepare(recipe_from_dict(data))
-        (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
-        return merge
+        if not latents.exists():
+            merge = prepare(recipe_from_dict({key: value for key, value in data.items() if key != "stages"}))
+            (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
+        data["data"] |= {"kind": "cache", "path": str(latents)}
+        return prepare(recipe_from_dict(data))
 
     def run(self, seed: int, start: str, losses: str) -> list[dict[str, Any]]:
         """Train once; returns a measurement at each point, the last one at the end."""
@@ -92,6 +96,7 @@ class Runs:
                     f"  {result.samples_seen} samples: {told}gap {measured[-1]['gap_closed']['mean']:.2%}", flush=True
                 )
         measured[-1]["train_seconds"] = round(merge.seconds - spent, 1)
+        merge.save()
         return measured
 
     def measure(self, merge: Merge, samples: int) -> dict[str, Any]:
@@ -127,6 +132,8 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=known[::2], choices=known)
     parser.add_argument("--set", type=change, nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
                         help="what to change in the recipe: train.lr=0.0005 data.cfg_scale=2")  # fmt: skip
+    parser.add_argument("--finish", type=change, nargs="+", default=[], metavar="KEY=VALUE",
+                        help="a second stage: train.steps=2000 (of --steps), train.snr_power=0 ...")  # fmt: skip
     parser.add_argument("--invented", type=int, default=demo.INVENTED, help="prompts of names that mean nothing")
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
@@ -139,8 +146,9 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.folder.absolute(), args.steps, args.points, args.changes, args.gap_only, args.invented)
+    runs = Runs(args.folder.absolute(), args)
     told = [f"{section}.{key}={value}" for section, key, value in args.changes]
+    told += [f"finish.{key}={value}" for _, key, value in args.finish]
     changes = " ".join(told + [f"invented={args.invented}"] * (args.invented != demo.INVENTED))
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
         row = dict(zip(KEY, (args.steps, seed, start, losses, changes), strict=True))
