@@ -98,7 +98,8 @@ def with_preset(data: Any, source: str | Path) -> Any:
 def with_stages(data: Any) -> Any:
     """A recipe's plain mapping whose ``stages`` say all: what one leaves out is as in the recipe itself.
 
-    ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make.
+    ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make; and a
+    tenth of the learning rates, which a student that is nearly done does not forget by (docs/results.md).
     ``few_step`` takes half of the steps, and makes the guidance with which the data are drawn the student's own.
     """
     stages = data.get("stages") if isinstance(data, Mapping) else None
@@ -115,7 +116,9 @@ def with_stages(data: Any) -> Any:
         own: dict[str, dict[str, Any]] = {"data": {}, "train": {}}
         if given.get("name") == "synthesised":
             own["data"] = {"kind": "teachers", "path": None}
-            own["train"] = {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
+            rates = {"lr": 1e-5, **{key: train[key] for key in ("lr", "style_lr") if train.get(key) is not None}}
+            own["train"] = {key: rate / 10 for key, rate in rates.items() if isinstance(rate, int | float)}
+            own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
         if given.get("name") == "few_step":
             own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "feature": 0.0, "snr_power": 0.0}
             own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}

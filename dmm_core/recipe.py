@@ -129,7 +129,7 @@ class TrainSpec:
 class StageSpec:
     """A part of the training, with data and settings of its own; what is left out is as in the recipe itself.
 
-    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of the steps if it does not say;
+    "synthesised" is a fine-tune on pictures that the teachers make, with a tenth of steps and lr if it does not say;
     "few_step" makes a student for 4 to 8 sampling steps, with half of the steps and the guidance of the data.
     """
 

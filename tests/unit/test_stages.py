@@ -42,11 +42,13 @@ def recipe(out: Path, teachers: list[Path], stages, data=None, **train):
 
 def test_synthesised_is_a_tenth_of_the_steps_on_teachers_pictures(tmp_path, teachers, pictures):
     images = {"kind": "images", "path": str(pictures), "size": 64}
-    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", "synthesised"], images, steps=100)
+    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", "synthesised"], images, steps=100, style_lr=2e-3)
     first, second = stage_recipes(made)
     assert (first.data.kind, first.train.steps) == ("images", 100)
     assert (second.data.kind, second.data.path, second.data.size, second.train.steps) == ("teachers", None, 64, 10)
-    assert second.train.lr == first.train.lr and first.work != second.work and total_steps(made) == 110
+    rates = [rate / 10 for rate in (first.train.lr, first.train.style_lr)]
+    assert [second.train.lr, second.train.style_lr] == pytest.approx(rates)
+    assert first.work != second.work and total_steps(made) == 110
     own = {"name": "synthesised", "data": {"latents_per_teacher": 9}, "train": {"steps": 7, "lr": 1e-5}}
     second = stage_recipe(recipe(tmp_path / "o.safetensors", teachers, ["distil", own]), 1)
     assert (second.data.latents_per_teacher, second.train.steps, second.train.lr) == (9, 7, 1e-5)
@@ -87,8 +89,9 @@ def test_a_stage_starts_from_the_student_before(tmp_path, teachers):
         if result.step == 4:
             assert merge.stage == 1 and merge.distillation.step_count == 1
             moved = {key: value.clone() for key, value in merge.distillation.student.learned().items()}
-    assert [row[:2] for row in seen] == [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20)] and seen[3][2] == seen[0][2]
-    assert 0 < furthest(end, moved) < 3e-3  # one step at lr 1e-3 away
+    assert [row[:2] for row in seen] == [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20)]
+    assert seen[3][2] == pytest.approx(seen[0][2] / 10)
+    assert 0 < furthest(end, moved) < 3e-4  # one step at lr 1e-4 away
     assert len(told) == 2 and not (merge.work / "stage-2").exists()  # two teachers drew, once
     assert merge.save().exists() and not merge.work.exists()
 
