@@ -89,6 +89,8 @@ class Runs:
         for result in merge.timed_steps():
             if result.step % max(1, self.steps // self.points) == 0 or result.step == merge.total_steps:
                 began = time.monotonic()
+                if result.step == merge.total_steps:
+                    merge.distillation.use_average()
                 measured.append(self.measure(merge, result.samples_seen))
                 spent += time.monotonic() - began
                 told = "" if self.gap_only else f"ratio {measured[-1]['ratio']:.3f}, "

@@ -12,7 +12,10 @@ from PIL import Image, ImageDraw
 
 from dmm_core.report.draw import INK, LINE, MUTED, PAPER, write
 
-COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#e8a100", "#2b8a3e", "#c2255c", "#495057", "#74b816", "#7a5230", "#1864ab")
+COLOURS = (
+    "#0b7285", "#d9480f", "#5f3dc4", "#e8a100", "#2b8a3e", "#c2255c", "#495057", "#74b816", "#7a5230", "#1864ab",
+    "#f06595", "#15aabf", "#000000", "#b197fc",
+)  # fmt: skip
 PANEL, MARGIN = (560, 380), 76
 Curve = list[tuple[int, list[float]]]  # samples seen, one value a seed
 
