@@ -40,7 +40,8 @@ class Case:
     def name(self) -> str:
         """Of its student's file."""
         between = ({None: "with", 0: "without"}.get(self.regularize, f"with{self.regularize}"),) if self.later else ()
-        return "-".join((*self.first, *between, *self.later))
+        longer = (str(self.steps),) if self.later and self.steps != Case.steps else ()
+        return "-".join((*self.first, *between, *self.later, *longer))
 
 
 FOUR = family.TEACHERS
@@ -49,6 +50,7 @@ CASES = (
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
     *(Case(FOUR[:2], FOUR[2:], regularize) for regularize in (None, 0)),
+    Case(FOUR[:2], FOUR[2:], steps=2400),
 )
 
 
@@ -88,8 +90,9 @@ def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
 def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown: distance of a style from its teacher over the teacher's own, and what became of the old styles."""
     names = [*FOUR, *family.LATER[::-1]]
-    yield "| | old styles' batches a step | " + " | ".join(names) + " | old styles against before | new styles, ratio |"
-    yield "|---" * (len(names) + 4) + "|"
+    before = " | steps | old styles' batches in each | "
+    yield "|" + before + " | ".join(names) + " | old styles against before | new styles, ratio |"
+    yield "|---" * (len(names) + 5) + "|"
     for row in lines:
         by_name = {style["style"]: style for style in row["styles"]}
         cells = [f"{by_name[name]['ratio']:.2f}" if name in by_name else "" for name in names]
@@ -100,7 +103,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         what = " + ".join(str(len(part)) for part in (old, new) if part)
         asked = teachers_of_step(TrainSpec(regularize=row["regularize"]), 0, len(by_name), len(old))
         kept = len(asked) - len(new) if new else ""
-        yield f"| {what} | {kept} | " + " | ".join(cells) + f" | {changed} | {ratio} |"
+        steps = f"{row['steps'][-1]:,}"
+        yield f"| {what} | {steps} | {kept} | " + " | ".join(cells) + f" | {changed} | {ratio} |"
 
 
 def main() -> None:
