@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -80,7 +81,9 @@ class Runs:
             merge = prepare(recipe_from_dict({key: value for key, value in data.items() if key != "stages"}))
             (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
         data["data"] |= {"kind": "cache", "path": str(latents)}
-        return prepare(recipe_from_dict(data))
+        recipe = recipe_from_dict(data)
+        shutil.rmtree(work_folder(recipe), ignore_errors=True)  # a stage that an interrupted run has left
+        return prepare(recipe)
 
     def run(self, seed: int, start: str, losses: str) -> list[dict[str, Any]]:
         """Train once; returns a measurement at each point, the last one at the end."""
@@ -141,6 +144,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
     args = parser.parse_args()
+    if args.finish and "steps" not in {key for _, key, _ in args.finish}:
+        parser.error("--finish: expected train.steps=STEPS among its changes")
     if args.show:
         from mini_merge_chart import show
 

@@ -98,8 +98,8 @@ def with_preset(data: Any, source: str | Path) -> Any:
 def with_stages(data: Any) -> Any:
     """A recipe's plain mapping whose ``stages`` say all: what one leaves out is as in the recipe itself.
 
-    ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make; and a
-    tenth of the learning rates, which a student that is nearly done does not forget by (docs/results.md).
+    ``synthesised`` is the paper's last stage (§3.4): a tenth of the steps, on pictures that the teachers make, and a
+    tenth of the learning rates: at the full ones a student that is nearly done leaves its teachers (docs/results.md).
     ``few_step`` takes half of the steps, and makes the guidance with which the data are drawn the student's own.
     """
     stages = data.get("stages") if isinstance(data, Mapping) else None
