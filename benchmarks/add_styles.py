@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about
+from merges import LONG, Folder, about
 
 from dmm_core.extension import teachers_of_step
 from dmm_core.recipe import TrainSpec
@@ -46,7 +46,7 @@ class Case:
 
 FOUR = family.TEACHERS
 CASES = (
-    Case(FOUR, family.LATER[::-1], steps=4000),
+    *(Case(FOUR, family.LATER[::-1], steps=steps) for steps in (4000, 8000)),
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
     *(Case(FOUR[:2], FOUR[2:], regularize) for regularize in (None, 0)),
@@ -61,7 +61,8 @@ def student(folder: Folder, case: Case) -> Path:
     recipe = folder.recipe([folder.files[name] for name in case.later], case.steps)
     del recipe["base"]
     recipe["student"] = str(student(folder, Case(case.first)))
-    recipe["data"] |= {"latents_per_teacher": case.steps // 2, "prompts": str(folder.prompts(case.steps // 2))}
+    if case.steps < LONG:
+        recipe["data"] |= {"latents_per_teacher": case.steps // 2, "prompts": str(folder.prompts(case.steps // 2))}
     recipe["train"] |= {} if case.regularize is None else {"regularize": case.regularize}
     return folder.make(case.name, recipe, "extend")
 

@@ -24,7 +24,7 @@ from merges import Folder, about
 
 from mini_family import demo, family
 
-STEPS = {"lora": 3000, "sdxl": 3000, "few-step": 2400}
+STEPS = {"lora": 8000, "sdxl": 8000, "few-step": 2400}
 FULL, FEW = 25, (8, 4)  # sampling steps
 
 

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.subjects import random_whole
+from dmm_core.errors import BadInput
 from dmm_core.measure import commit, device_name
 from dmm_core.memory import peak_resident_bytes
 from dmm_core.plan import choose_device, plan
@@ -67,9 +68,12 @@ def real(recipe: Recipe, answer: Any) -> None:
 def compare(recipe: Recipe) -> dict[str, Any]:
     """Plan a recipe and run what was planned."""
     told = plan(recipe)
-    found = fit(recipe, told.device, told.unet_parameters, note=lambda text: print(" ", text, file=sys.stderr))
+    try:
+        found = fit(recipe, told.device, told.unet_parameters, note=lambda text: print(" ", text, file=sys.stderr))
+    except BadInput as error:  # bitsandbytes is not everywhere
+        return {"fits": False, "why": str(error)}
     if found is None:
-        return {"fits": False}
+        return {"fits": False, "why": "out of memory"}
     told = plan(recipe, found, tried=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -116,6 +120,8 @@ def main() -> None:
             if told["fits"]:
                 told_gib = f"predicted {told['predicted'] / 2**30:.2f} GiB, real {told['real'] / 2**30:.2f} GiB"
                 print(f"  {told_gib}, {100 * told['off']:+.1f} %", file=sys.stderr)
+            else:
+                print(f"  {told['why']}", file=sys.stderr)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

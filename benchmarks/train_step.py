@@ -36,6 +36,7 @@ from dmm_core.measure import commit, device_name
 from dmm_core.plan import choose_device, choose_precision
 from dmm_core.recipe import TrainSpec
 
+TOGETHER = 2  # teachers of a step that does not ask all of them
 SMALL_FULL = {"weights": "bf16", "fused_backward": True, "checkpointing": True, "resident": 1, "teachers_per_step": 1}
 SMALL_LORA = {"student": "lora", "weights": "bf16", "checkpointing": True, "resident": 1, "micro": 1, "rank": 64}
 SMALL_LORA_XL = {**SMALL_LORA, "rank": 32, "optimizer": "adamw8bit"}
@@ -63,6 +64,7 @@ class Bench:
         """What is timed, by name: each call builds a thing with a ``step``."""
         s = self.subjects
         fast: dict[str, Any] = {"weights": "bf16"} if self.device.type == "cuda" else {}
+        few: dict[str, Any] = {**fast, "teachers_per_step": TOGETHER, "batch": max(1, self.rows // TOGETHER)}
         pairs = {
             "fp32 weights, all resident": {},
             "all resident": fast,
@@ -71,12 +73,16 @@ class Bench:
             "resident 2, a pass a teacher": {**fast, "resident": min(2, self.teachers), "micro": 1},
             "all resident, a pass a teacher": {**fast, "micro": 1},
         }
+        if self.teachers > TOGETHER:  # as many rows of fewer teachers: each pass of a teacher fills the device better
+            pairs["two teachers a step"] = few
+            pairs["two teachers a step, resident 3"] = {**few, "resident": 3}
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":
             pairs["all resident, two teachers a pass"] = {**fast, "micro": 2}
         if self.args.compile:
             pairs["all resident, compiled"] = {**fast, "compile": True}
+            pairs["two teachers a step, compiled"] = {**few, "compile": True}
             pairs["resident 1, a pass a teacher, compiled"] = {**fast, "resident": 1, "micro": 1, "compile": True}
         made: dict[str, Callable[[], Any]] = {
             name: (lambda sparing=sparing: PlainStep(
