@@ -84,6 +84,7 @@ def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
     return key_of(case) | {
         "styles": [{key: row[key] for key in keys} for row in report["per_style"]],
         "gap_closed": report["gap_closed"]["per_style"], "separation": report["separation"]["student"],
+        "same_seed": report["same_seed"],
         **about(report),
     }  # fmt: skip
 

@@ -105,6 +105,7 @@ def row_of(report: dict[str, Any], sampling: int) -> dict[str, Any]:
     return {
         "sampling": sampling, "ratio": report["ratio"], "ratio_error": report["ratio_error"], "fid_t": report["fid_t"],
         "gap_closed": report["gap_closed"]["mean"], "weight_average": report["weight_average"]["ratio"],
+        "same_seed": report["same_seed"],
         "styles": {row["style"].removesuffix("-lora"): row["ratio"] for row in report["per_style"]},
         **about(report),
     }  # fmt: skip

@@ -42,7 +42,7 @@ LOSSES: dict[str, dict[str, Any]] = {  # with the paper's λ_feat and λ_adv
 SYNTHESISED = " + synthesised"  # behind one of them: the paper's last stage too, a tenth of the steps
 KEY = ("steps", "seed", "start", "losses", "changes")
 LATENTS = 1240  # a teacher
-KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average")
+KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average", "same_seed")
 Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
 
 

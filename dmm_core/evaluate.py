@@ -16,6 +16,7 @@ import numpy as np
 from dmm_core.errors import BadInput
 from dmm_core.features import Extractor
 from dmm_core.frechet import Gaussian, bootstrap_distances, floor, frechet, frechet_matrix, kid_matrix, ratio_errors
+from dmm_core.likeness import unlikeness
 from dmm_core.separation import separation
 
 Pictures = Mapping[str, np.ndarray]  # style → (n, H, W, 3) uint8
@@ -28,7 +29,8 @@ class Evaluation:
 
     ``average_row`` (N,) holds the weight average's distance from each teacher, ``before_row`` an earlier student's;
     ``others`` what other models without styles make of it: ``name``, ``distances``, ``ratio`` and ``ratio_error``.
-    ``separation`` is what ``separation.separation`` says. Errors are one standard deviation over ``bootstrap``
+    ``separation`` is what ``separation.separation`` says, ``same_seed`` what ``likeness.unlikeness`` says of the
+    ``student`` and, where there is one, of the weight ``average``. Errors are one standard deviation over ``bootstrap``
     resamples, None without any.
     """
 
@@ -49,6 +51,7 @@ class Evaluation:
     before_row: np.ndarray | None = None
     others: tuple[dict[str, Any], ...] = ()
     separation: dict[str, Any] | None = None
+    same_seed: dict[str, Any] | None = None
 
     @property
     def fid_t(self) -> float:
@@ -177,6 +180,7 @@ def evaluate_pictures(
         before_row=row_before,
         others=tuple(beside),
         separation=separation(s, b, r),
+        same_seed={name: unlikeness(rows, r, b, seed) for name, rows in (("student", s), ("average", w)) if rows},
     )
 
 
@@ -265,6 +269,7 @@ def to_report(
         "kid_reference": e.kid_reference.tolist(),
         "floors": dict(zip(e.styles, e.floors.tolist(), strict=True)),
         "separation": e.separation,
+        "same_seed": e.same_seed,
         "bootstrap": e.bootstrap,
         "seconds": seconds,
         "samples_seen": samples_seen,

@@ -228,6 +228,8 @@ def measure(
     )  # fmt: skip
     for baseline in report["baselines"]:
         baseline["gap_closed"] = of_others.get(baseline["name"])
+    if few:  # its sampler draws another picture of the same noise
+        report["same_seed"] = None
     return Measured(report)
 
 

@@ -206,6 +206,7 @@ def headline(report: dict[str, Any]) -> list[str]:
         f"(1 is a perfect student; weight average {average['ratio']:.2f})",
         *(f"{other['name']} beside: ratio {other['ratio']:.3f}{_closed(other)}" for other in report["baselines"]),
         *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
+        *same_seed(report),
         *separated(report),
         *(
             f"{row['score']}: " + ", ".join(f"{what} {mean:.2f}" for what, mean in row["means"].items())
@@ -217,6 +218,15 @@ def headline(report: dict[str, Any]) -> list[str]:
 
 def _closed(other: dict[str, Any]) -> str:
     return "" if other["gap_closed"] is None else f", gap closed {other['gap_closed']:.1%}"
+
+
+def same_seed(report: dict[str, Any]) -> list[str]:
+    if not (alike := report.get("same_seed")):
+        return []
+    mine, average = alike["student"], alike.get("average")
+    beside = f"; weight average {average['mean']:.2f}" if average else ""
+    told = f"picture by picture, same prompt and seed: {mine['mean']:.3f} ± {mine['error']:.3f} of what another seed "
+    return [f"{told}changes (0 is the teacher's picture itself{beside})"]
 
 
 def separated(report: dict[str, Any]) -> list[str]:

@@ -112,6 +112,14 @@ def _headline(report: Mapping[str, Any]) -> str:
     if wins:
         text = "styles look more like their own teacher than like any other: styles do not run into each other."
         cards.append(_card(f"{sum(wins)} of {len(wins)}", "", "Styles kept apart", text))
+    if alike := report.get("same_seed"):
+        mine, average = alike["student"], alike.get("average")
+        text = (
+            "is how far a picture is from the one that its teacher draws with the same prompt and seed; 0 is the very "
+            "same picture, 1 as far as with another seed."
+            + (f" The weight average's are at {average['mean']:.2f}." if average else "")
+        )
+        cards.append(_card(f"{mine['mean']:.2f}", f"± {mine['error']:.2f}", "Picture by picture", text))
     if apart := report.get("separation"):
         text = (
             "of the student's pictures are recognised as their style, by a classifier that knows the teachers' alone. "

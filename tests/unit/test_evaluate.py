@@ -59,6 +59,7 @@ def test_shifted_student_is_worse_than_teachers_and_better_than_the_average(eval
 def test_the_reference_as_student_has_ratio_one_without_error():
     same = evaluate_pictures(pictures(3), pictures(2), pictures(3), None, EXTRACTOR, bootstrap=10)
     assert same.ratio == 1 and same.ratio_error == 0
+    assert same.same_seed["student"]["mean"] == 0 and "average" not in same.same_seed
     assert same.average_ratio is None and same.average_ratio_error is None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmm_core.cli import main
+from dmm_core.commands.evaluate import headline
 from dmm_core.features import appeal
 from dmm_core.mixing import curve
 from dmm_core.separation import StyleClassifier, separation
@@ -91,12 +92,18 @@ def test_evaluate_with_all_that_can_be_set_beside(tmp_path: Path, capsys, monkey
     ends = (mixing["student"]["to_first"][0], mixing["student"]["to_second"][-1])
     assert ends == pytest.approx((report["matrix"][0][0], report["matrix"][1][1]), rel=1e-4)
     assert 0 <= report["separation"]["student"] <= 1 and report["separation"]["chance"] == 0.5
+    alike = {name: told["mean"] for name, told in report["same_seed"].items()}
+    assert min(alike.values()) > 0 and any(f"{alike['student']:.3f} ±" in line for line in headline(report))
     (liked,) = report["appeal"]
     assert liked["score"] == "CLIP score" and len(set(liked["means"].values())) == 4
     assert list(liked["means"]) == ["equal mix", "weight average", "each style", "teachers"]
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "Prompts and taste" in page and f"{liked['means']['equal mix']:.2f}" in page
     assert (
-        "Mixes in figures" in page and "this merge" in page and "weight of néon" in page and "Style recognised" in page
+        "Mixes in figures" in page
+        and "this merge" in page
+        and "weight of néon" in page
+        and "Style recognised" in page
+        and "Picture by picture" in page
     )
     assert main([*line[:-2], "ink", "nobody"]) == 2 and "no style 'nobody'" in capsys.readouterr().err
