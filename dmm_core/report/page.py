@@ -123,8 +123,8 @@ def _headline(report: Mapping[str, Any]) -> str:
     if apart := report.get("separation"):
         text = (
             "of the student's pictures are recognised as their style, by a classifier that knows the teachers' alone. "
-            f"Of the teachers' own it recognises {100 * apart['teachers']:.0f} %; "
-            f"chance would be {100 * apart['chance']:.0f} %."
+            f"Of the teachers' own it recognises {100 * apart['teachers']:.0f}\u00a0%; "
+            f"chance would be {100 * apart['chance']:.0f}\u00a0%."
         )
         cards.append(_card(f"{100 * apart['student']:.0f} %", "", "Style recognised", text))
     return _section(
