@@ -133,7 +133,7 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
         path = merge.save()
     except KeyboardInterrupt:
         stop_file.unlink(missing_ok=True)
-        events("stopped", step=merge.distillation.steps_done if merge else 0, resumable=unfinished(recipe))
+        events("stopped", step=merge.steps_done if merge else 0, resumable=unfinished(recipe))
         raise KeyboardInterrupt("The same job again goes on from there.") from None
     run = merge.distillation
     told = {"out": path, "styles": list(merge.sources.names), "steps": run.steps_done,
@@ -192,7 +192,7 @@ class Previews:
 
         began = time.monotonic()
         try:
-            if self.preview is None or self.preview.run is not self.merge.distillation:  # another stage, other prompts
+            if self.preview is None or self.preview.stage != self.merge.stage:  # other prompts
                 self.preview = Preview(self.merge)
             path, caption = self.preview.draw(self.losses.points if self.losses else [])
         except (RuntimeError, BadInput) as error:  # memory above all, or no VAE in the file

@@ -147,11 +147,18 @@ def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
         text = picture.with_suffix(".txt")
         if not text.exists():
             raise BadInput(f"has no caption file {text.name} beside it", picture, "Write one, or a metadata.jsonl.")
-        yield picture, text.read_text(encoding="utf-8-sig").strip()
+        yield picture, _read(text).strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("is no UTF-8 text that can be read", path, "Save it as UTF-8.") from error
 
 
 def _rows(table: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_read(table).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -234,9 +241,12 @@ def load_cache(path: str | Path, origin: str = "") -> tuple[list[str], list[Pool
             names = [[f"{i}.{j}" if j else str(i) for j in range(sizes)]
                      for i, sizes in enumerate(json.loads(about.get("sizes", "null")) or [1] * count)]  # fmt: skip
             pools = [
-                tuple(Pool(file.get_tensor(f"latents.{name}"), file.get_tensor(f"prompt.{name}")) for name in entry)
+                tuple(
+                    Pool(*(file.get_tensor(f"{part}.{name}").clone() for part in ("latents", "prompt")))
+                    for name in entry
+                )
                 for entry in names
-            ]
+            ]  # copies: Windows cannot delete a file that tensors are mapped to
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise BadInput("is no cache of latents", path, "Delete it, and it is made again.") from error
     if origin and about.get("origin", "") not in ("", origin):

@@ -7,7 +7,6 @@ for bit.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
 from dmm_core.diffusion import predict_x0
 from dmm_core.discriminator import Critic, Discriminator
-from dmm_core.economy import Economy, is_out_of_memory
+from dmm_core.economy import Economy, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
 from dmm_core.fewstep import consistency_loss, guided
@@ -220,9 +219,7 @@ class Distillation:
         if self.critic:
             self.critic.be_sparing(self.economy.checkpointing)
         if self.economy.steps_down:
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            let_go(self.device)
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,20 @@ def training_python() -> Training:
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
+@cache
+def _came_before() -> bool:
+    """Whether diffusers was there when the first of ours wanted it."""
+    return "diffusers" in sys.modules
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Around imports of diffusers and transformers: ``UNUSED`` are not there, and no garbage is collected.
 
-    Seen with torch 2.13 and diffusers 0.39: 5.7 in place of 7.8 seconds of CPU, which every child process pays.
+    Seen with torch 2.13 and diffusers 0.39: 5.7 in place of 7.8 seconds of CPU, which every child process pays. Where
+    others have imported diffusers before, it has seen them there and counts on it: then nothing is hidden.
     """
-    hidden = [name for name in UNUSED if name not in sys.modules]
+    hidden = [] if _came_before() else [name for name in UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     collects = gc.isenabled()
     gc.disable()

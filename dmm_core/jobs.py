@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
 from dmm_core.recipe import FREE, Recipe, work_folder
+from dmm_core.stages import clear_work
 
 LAST = ("done", "stopped", "failed")
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
@@ -131,7 +131,7 @@ class Job:
             self.process.kill()
             self.process.wait()
         if event.kind == "done":  # on Windows the child could not remove its own log
-            shutil.rmtree(self.work, ignore_errors=True)
+            clear_work(self.work)
 
 
 def start(
@@ -151,7 +151,7 @@ def start(
     work = work_folder(recipe)
     _require_free(recipe)
     if replace and not same_merge(recipe, work):
-        shutil.rmtree(work, ignore_errors=True)
+        clear_work(work)
     elif not same_merge(recipe, work):
         raise BadInput(
             "an unfinished merge with other settings lies here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +57,10 @@ def origin_of(recipe: Recipe) -> str:
     """All of a recipe that its latents depend on, as text."""
     data = {key: value for key, value in plain(recipe.data, str).items() if key != "prompt_drop"}
     teachers = [(teacher.path.name, teacher.strength) for teacher in recipe.teachers]
-    return json.dumps([data, teachers, recipe.train.seed, recipe.train.regularize == 0])
+    below = [path.name if path else None for path in (recipe.base, recipe.student)]
+    text = recipe.data.prompts
+    words = hashlib.sha256(text.read_bytes()).hexdigest() if text and text.is_file() else None  # numbers point into it
+    return json.dumps([data, words, teachers, below, recipe.train.seed, recipe.train.regularize == 0])
 
 
 def teacher_latents(

@@ -28,6 +28,7 @@ class Pipeline:
     codebook: Codebook | None
     path: Path
     few_step: float = 0.0  # the guidance that a student for few steps has in itself; 0: an ordinary model
+    zero_snr: bool = False  # trained to start from pure noise
 
     @property
     def device(self) -> torch.device:
@@ -107,5 +108,5 @@ def load_pipeline(
     unet, text_encoders, vae = (part.to(device) for part in parts)
     if codebook is not None:
         codebook = codebook.to(device=device, dtype=torch.float32).requires_grad_(False)
-    about = checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path, checkpoint.few_step
-    return Pipeline(unet, text_encoders, vae, *about)
+    about = checkpoint.family, checkpoint.prediction_type, codebook, checkpoint.path
+    return Pipeline(unet, text_encoders, vae, *about, checkpoint.few_step, checkpoint.zero_snr)

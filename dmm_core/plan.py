@@ -18,6 +18,7 @@ from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
 from dmm_core.recipe import Recipe, TeacherSpec
 from dmm_core.sizes import latent_sizes
+from dmm_core.speed import has_bf16
 
 GIB = 2**30
 
@@ -71,11 +72,16 @@ class Plan:
 
 
 def choose_device(wanted: str = "auto") -> str:
-    """ "auto" → cuda (ROCm calls itself that too), mps, or cpu; anything else is checked and returned."""
+    """ "auto" → cuda (ROCm calls itself that too), mps, or cpu; anything else is checked and returned.
+
+    A ``cuda:N`` becomes the process's current device, to which streams, recordings and peaks of memory belong.
+    """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=wanted)
+        if wanted.startswith("cuda:"):
+            torch.cuda.set_device(wanted)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(
             f"device {wanted!r} does not work here ({str(error).splitlines()[0]})", hint="Use auto."
@@ -90,7 +96,7 @@ def choose_precision(wanted: str, device: str, weights: str = "fp32") -> str:
     if weights == "bf16":
         return "bf16"
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_bf16(device) else "fp16"
     return "fp32"
 
 

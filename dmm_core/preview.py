@@ -32,7 +32,7 @@ class Preview:
     """Draws with the run's prompts and modules, and with random numbers of its own: training takes no notice."""
 
     def __init__(self, merge: Merge) -> None:
-        self.merge, self.run = merge, merge.distillation
+        self.merge, self.stage = merge, merge.stage
         self.folder = merge.work / "previews"
         self.size = squarest(latent_sizes(merge.recipe.data, merge.sources.base))
         prompts = merge.distillation.data.prompts

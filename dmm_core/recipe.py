@@ -295,4 +295,4 @@ def _check_files(recipe: Recipe, source: str | Path) -> None:
     for i, data in enumerate((recipe.data, *(stage.data for stage in recipe.stages))):
         part = f"stages[{i - 1}].data" if i else "data"
         inputs |= {f"{part}.path": data.path, f"{part}.prompts": data.prompts}
-    check_paths(inputs, recipe.out, source)
+    check_paths(inputs, recipe.out, source, work_folder(recipe))

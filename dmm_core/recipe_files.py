@@ -23,8 +23,14 @@ def read_file(path: Path) -> Any:
     return _parse(text, path)
 
 
-def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path) -> None:
-    """Raise RecipeError unless inputs are there, and ``out`` lies in a folder that can be made and is none of them."""
+def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path, work: Path | None = None) -> None:
+    """Raise RecipeError unless inputs are there, and ``out`` lies in a folder that can be made and is none of them.
+
+    ``work``: a folder for what is thrown away in the end, in which none of them may lie.
+    """
+    for key, path in {"out": out, **inputs}.items():
+        if work is not None and path is not None and work.absolute() in path.absolute().parents:
+            raise RecipeError(f"work: {key} lies in it, {path}", source, "Name a folder that holds nothing else.")
     for key, path in inputs.items():
         if path is None:
             continue

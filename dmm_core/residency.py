@@ -64,17 +64,20 @@ class HostStore:
     def tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """A teacher's UNet in diffusers' keys; read at the first call."""
         if checkpoint not in self._teachers:
-            self._teachers[checkpoint] = {key: self._held(tensor) for key, tensor in self._mapped(checkpoint)}
+            self._teachers[checkpoint] = {key: self._held(*told) for key, *told in self._mapped(checkpoint)}
         return self._teachers[checkpoint]
 
-    def _mapped(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    def _mapped(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor, bool]]:
+        """Key, tensor, and whether the tensor lies in the file, where it takes no memory."""
         for key, source in checkpoint.parts["unet"].items():
             info = checkpoint.tensors.info[source.key]
             if info.path not in self._files:
                 self._files[info.path] = MappedFile(info.path)
-            yield key, checkpoint.changed("unet", key, source.take(self._files[info.path].tensor(info)))
+            tensor = source.take(self._files[info.path].tensor(info))
+            changed = checkpoint.changed("unet", key, tensor)
+            yield key, changed, changed is tensor
 
-    def _held(self, tensor: Tensor) -> Tensor:
+    def _held(self, tensor: Tensor, mapped: bool) -> Tensor:
         """The tensor as it is held; the one that is there already if an equal one is."""
         flat = tensor.flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].contiguous().view(torch.uint8)
@@ -85,7 +88,8 @@ class HostStore:
                 return held
         held = self._pin(tensor) if self.pinned else tensor
         self.bytes += held.numel() * held.element_size()
-        like.append((tensor, held))
+        if mapped or held is tensor:  # what a LoRA made would stay in memory a second time, to compare others with
+            like.append((tensor, held))
         return held
 
     def _pin(self, tensor: Tensor) -> Tensor:

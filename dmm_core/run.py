@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
+from dmm_core.economy import let_go
 from dmm_core.errors import BadInput
 from dmm_core.fitting import same_prediction
 from dmm_core.latents import Notify, make_data, silent
@@ -32,7 +32,16 @@ from dmm_core.result import StepResult
 from dmm_core.resume import load_student, save_student
 from dmm_core.sizes import latent_sizes, squarest
 from dmm_core.speed import quicken, wants_channels_last
-from dmm_core.stages import finished, stage_recipe, state_file, student_file, total_steps, unfinished
+from dmm_core.stages import (
+    clear_torn,
+    clear_work,
+    finished,
+    stage_recipe,
+    state_file,
+    student_file,
+    total_steps,
+    unfinished,
+)
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -90,15 +99,23 @@ class Merge:
         """Leave this stage's student in the work folder and go on with it; False where there is no further stage."""
         if self.stage + 1 >= len(self.recipe.stages):
             return False
-        before = self.distillation
-        before.use_average()
+        teachers = self.distillation.teachers
+        self.distillation.use_average()
         if self.ranks.rank == 0:
-            save_student(before, student_file(self.recipe, self.stage))
+            save_student(self.distillation, student_file(self.recipe, self.stage))
             self.state_file.unlink(missing_ok=True)
         self.ranks.wait()
         self.stage += 1
-        self.distillation = build(self.recipe, self.stage, self.sources, before.teachers, self.notify, self.ranks)
+        del self.distillation  # the device has room for one student with its gradients and moments, not for two
+        let_go(teachers.device)
+        self.distillation = build(self.recipe, self.stage, self.sources, teachers, self.notify, self.ranks)
         return True
+
+    @property
+    def steps_done(self) -> int:
+        """Over all stages; between two of them there is no distillation to ask."""
+        run = getattr(self, "distillation", None)
+        return run.steps_done if run else sum(stage.train.steps for stage in self.recipe.stages[: self.stage])
 
     def timed_steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
         """``steps``, with the time they take added to ``seconds``."""
@@ -117,7 +134,7 @@ class Merge:
             extra_metadata={FEW_STEP: f"{scale:g}"} if (scale := self.distillation.spec.few_step) else None,
         )  # fmt: skip
         dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
-        shutil.rmtree(self.work, ignore_errors=True)
+        clear_work(self.work)
         return out
 
     def style_info(self) -> list[dict[str, str]]:
@@ -156,6 +173,8 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks
     sources = open_sources(recipe)
     teachers = load_teachers(recipe, sources)
     stage, ranks = finished(recipe), ranks or Alone()
+    if ranks.rank == 0:
+        clear_torn(state.parent)
     distillation = build(recipe, stage, sources, teachers, notify, ranks)
     if state.exists():
         distillation.load_state(state)

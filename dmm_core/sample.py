@@ -117,7 +117,8 @@ def sample(
         parts.append(
             sample_latents(
                 pipe.unet, context[rows], noise[rows], steps=steps, cfg_scale=cfg_scale, negative=empty,
-                style=part_style, prediction_type=pipe.prediction_type, few_step=pipe.few_step > 0,
+                style=part_style, prediction_type=pipe.prediction_type, zero_snr=pipe.zero_snr,
+                few_step=pipe.few_step > 0,
             )
         )  # fmt: skip
     return torch.cat(parts)

@@ -30,6 +30,16 @@ def wants_channels_last(wanted: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if wanted is None else wanted
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a CUDA device computes in bfloat16 itself: NVIDIA's from sm_80 on.
+
+    ``torch.cuda.is_bf16_supported`` counts emulation too, which is slow, and for which cuDNN has no convolutions.
+    """
+    if torch.version.hip:
+        return torch.cuda.is_bf16_supported()
+    return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+
+
 def quicken(unet: Any, channels_last: bool, compiled: bool, backend: str = "inductor") -> Any:
     """Lay out and compile a UNet, in place. Its parameters keep their names, and may be overwritten afterwards.
 

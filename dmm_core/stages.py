@@ -5,10 +5,16 @@ Each stage has data and settings of its own, and starts from the student that th
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from dmm_core.recipe import Recipe, work_folder
+
+LEFT = ("state.safetensors", "state-[0-9]*.safetensors", "student-[0-9]*.safetensors", "latents.safetensors",
+        "latents-[0-9]*.safetensors", "losses.json", "job.json", "log.txt", "stop", "previews/step-*.jpg")  # fmt: skip
+TORN = (".state*.tmp", ".student-*.tmp", ".latents*.tmp", ".losses.json.*.tmp", ".job.json.*.tmp",
+        "previews/.step-*.tmp")  # fmt: skip
 
 
 def stage_recipe(recipe: Recipe, number: int) -> Recipe:
@@ -50,3 +56,28 @@ def unfinished(recipe: Recipe) -> bool:
 def total_steps(recipe: Recipe) -> int:
     """Of all stages together."""
     return sum(stage.train.steps for stage in stage_recipes(recipe))
+
+
+def clear_work(folder: Path) -> None:
+    """Remove what a merge leaves in its work folder, and the folder itself if it held nothing else.
+
+    The recipe names the folder, and it may be one that the user keeps other things in.
+    """
+    for stage in folder.glob("stage-[0-9]*"):
+        clear_work(stage)
+    _remove(folder, LEFT + TORN)
+    for place in (folder / "previews", folder):
+        with suppress(OSError):  # not there, or not empty
+            place.rmdir()
+
+
+def clear_torn(folder: Path) -> None:
+    """Remove what a process that was killed in the middle of a save has left half written."""
+    _remove(folder, TORN)
+
+
+def _remove(folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            with suppress(OSError):  # open elsewhere, on Windows: the next merge to this name tells
+                path.unlink()

@@ -130,10 +130,10 @@ class Teachers:
         """Encode the prompts once with every teacher's own text encoder; equal encoders share the result."""
         by_encoder: dict[tuple, Context] = {}
         for index, checkpoint in enumerate(self.checkpoints):
-            encoders = build_text_encoders(checkpoint, torch.float32).to(self.device)
+            encoders = build_text_encoders(checkpoint, torch.float32)
             key = _fingerprint(encoders)
             if key not in by_encoder:
-                by_encoder[key] = encode_prompts(encoders, prompts).to("cpu", self.dtype)
+                by_encoder[key] = encode_prompts(encoders.to(self.device), prompts).to("cpu", self.dtype)
             self._embeddings[index] = by_encoder[key]
 
     def context(self, index: int, prompts: Tensor) -> Context:
@@ -174,6 +174,6 @@ class Teachers:
 
 
 def _fingerprint(module: Any) -> tuple:
-    """Equal for equal weights: every tensor's sum and first moment in float64."""
+    """Equal for equal weights: every tensor's sum and first moment in float64, which the CPU has and MPS has not."""
     sums = [(p.double().sum().item(), p.double().square().sum().item()) for p in module.parameters()]
     return tuple(sums)

@@ -19,6 +19,7 @@ from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import has_eight_bit
 from dmm_core.recipe import Recipe, TrainSpec
 from dmm_core.sizes import largest, latent_sizes
+from dmm_core.speed import has_bf16
 from dmm_core.stages import stage_recipes
 
 ROOM = 0.92  # share of the free memory that a plan may fill
@@ -193,7 +194,7 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
     add(checkpointing=True)
     if has_eight_bit():
         add(optimizer="adamw8bit")
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported() and spec.precision in ("auto", "bf16"):
+    if device.startswith("cuda") and has_bf16(device) and spec.precision in ("auto", "bf16"):
         add(weights="bf16")
     add(student="lora")
     return ladder

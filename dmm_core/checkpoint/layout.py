@@ -64,7 +64,8 @@ def others(ck: Checkpoint) -> list[str]:
 
 def implied(ck: Checkpoint) -> dict[str, Tensor]:
     """Small tensors that an LDM file has for what a diffusers folder says in its configurations."""
-    found: dict[str, Tensor] = {"v_pred": torch.empty(0)} if ck.prediction_type == "v_prediction" else {}
+    marks = {"v_pred": ck.prediction_type == "v_prediction", "ztsnr": ck.zero_snr}
+    found: dict[str, Tensor] = {key: torch.empty(0) for key, marked in marks.items() if marked}
     if ck.vae_config and ck.vae_config["kind"] == "taesd":
         found |= taesd_scale(ck.family, ck.vae_config)
     return found

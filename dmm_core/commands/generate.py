@@ -41,6 +41,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
 
     if args.steps is not None and args.steps < 1:
         raise BadInput(f"--steps {args.steps}: expected at least 1")
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise BadInput(f"--out {args.out}: expected a picture's name, e.g. {Path(args.out).with_suffix('.png')}")
     mix = parse_mix(args.style)
     checkpoint = open_checkpoint(args.file)
     height, width = parse_size(args.size) if args.size else tuple(8 * n for n in latent_size(checkpoint, None))

@@ -57,7 +57,7 @@ class Extractor:
         for start in range(0, len(pictures), self.batch):
             rows = np.ascontiguousarray(pictures[start : start + self.batch])
             pixels = torch.from_numpy(rows).to(device).permute(0, 3, 1, 2).float() / 255
-            out[start : start + len(rows)] = self.network(pixels, self.weights).double().cpu().numpy()
+            out[start : start + len(rows)] = self.network(pixels, self.weights).cpu().double().numpy()
         return out
 
     @staticmethod

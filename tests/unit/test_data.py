@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,10 @@ def test_captions_beside_pictures_and_in_a_table(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "no.png", "text": "red"}\n{', encoding="utf-8")
     with pytest.raises(BadInput, match=r"line 1 names no\.png"):
         list(captioned_images(tmp_path))
+    (tmp_path / "metadata.jsonl").write_bytes("ö".encode("latin-1"))
+    with pytest.raises(BadInput, match="no UTF-8") as told:
+        list(captioned_images(tmp_path))
+    assert "metadata.jsonl" in str(told.value)
     with pytest.raises(BadInput, match="no folder"):
         list(captioned_images(tmp_path / "none"))
 
@@ -87,6 +93,8 @@ def test_cache_round_trip(tmp_path):
     pool = Pool(torch.randn(3, 4, 8, 8).half(), torch.tensor([1, 0, 1]))
     save_cache(tmp_path / "c.safetensors", ["a", "ß"], [(pool,), (pool,)])
     prompts, pools = load_cache(tmp_path / "c.safetensors")
+    maps = Path("/proc/self/maps")  # Windows could not delete a file that tensors are mapped to
+    assert not maps.exists() or str(tmp_path) not in maps.read_text(encoding="utf-8")
     assert prompts == ["a", "ß"] and len(pools) == 2 and torch.equal(pools[1][0].latents, pool.latents)
     (tmp_path / "c.safetensors").write_bytes(b"12345678")
     with pytest.raises(BadInput, match="no cache"):

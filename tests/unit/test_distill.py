@@ -7,16 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from dmm_core.checkpoint import open_checkpoint
+from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
+from dmm_core.errors import BadInput
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.run import open_sources, prepare, ready
+from dmm_core.teachers import Teachers
 from tests.unit import tiny
 
 SMALL = {"latents_per_teacher": 3, "steps": 1, "cfg_scale": 1.0, "size": 64}
@@ -283,3 +288,37 @@ def test_an_interruption_loses_no_teacher_s_finished_latents(tmp_path, teachers)
     for (one,), (two,) in zip(whole[1], resumed[1], strict=True):
         assert torch.equal(one.latents, two.latents) and torch.equal(one.prompt, two.prompt)
     assert [p.name for p in (tmp_path / "broken" / "o.work").glob("latents*")] == ["latents.safetensors"]
+
+
+def test_latents_of_an_edited_prompt_file_are_not_taken_up(tmp_path, teachers):
+    """They are kept with numbers of prompts, which would point at other lines."""
+    (tmp_path / "prompts.txt").write_text("cat\ndog\nbird\n")
+
+    def start(notify=lambda *_: None):
+        made = recipe(tmp_path / "o.safetensors", teachers)
+        return prepare(replace(made, data=replace(made.data, prompts=tmp_path / "prompts.txt")), notify=notify)
+
+    def break_off(what, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(break_off)
+    (tmp_path / "prompts.txt").write_text("a red house\ncat\ndog\nbird\n")
+    with pytest.raises(BadInput, match="made with other settings"):
+        start()
+    (tmp_path / "prompts.txt").write_text("cat\ndog\nbird\n")
+    assert start().distillation.data.prompts[:3] == ("cat", "dog", "bird")
+
+
+def test_encoders_are_told_apart_on_the_cpu(teachers, monkeypatch):
+    """In float64, which some devices lack (MPS): nothing but the encoding is asked of the device."""
+    import dmm_core.teachers as module
+
+    asked = []
+    monkeypatch.setattr(module, "_fingerprint", lambda encoders: asked.append(next(encoders.parameters()).device.type))
+    monkeypatch.setattr(module, "encode_prompts", lambda encoders, prompts: Context(torch.zeros(1, 1, 1)))
+    pool = Teachers([open_checkpoint(path) for path in teachers[:1]])
+    pool.device = torch.device("meta")
+    pool.embed(["a"])
+    assert asked == ["cpu"]

@@ -14,8 +14,10 @@ from tests.unit.test_boundaries import ROOT, SOURCES
 LIBRARIES = ("diffusers", "transformers")
 
 
-def test_what_is_hidden_is_there_again():
+def test_what_is_hidden_is_there_again(monkeypatch):
     import scipy
+
+    monkeypatch.setattr("dmm_core.environment._came_before", lambda: False)
 
     collects = gc.isenabled()
     with importing():
@@ -25,6 +27,13 @@ def test_what_is_hidden_is_there_again():
         assert "peft" in sys.modules and not gc.isenabled()
     assert "peft" not in sys.modules and gc.isenabled() == collects
     assert sys.modules["scipy"] is scipy, "what was loaded before stays"
+
+
+def test_diffusers_that_others_have_imported_keeps_what_it_saw():
+    """It found scipy, and imports it when its scheduler is wanted."""
+    code = "import diffusers; from dmm_core.sample import scheduler_of; scheduler_of(2, 'epsilon', False, False)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-500:]
 
 
 def test_every_import_of_them_is_such_a_one():

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dmm_core.sample
 from dmm_core.checkpoint import open_checkpoint
+from dmm_core.cli import main
 from dmm_core.conditioning import Context
 from dmm_core.diffusion import (
     SCHEDULER,
@@ -22,9 +24,10 @@ from dmm_core.diffusion import (
     zero_snr_times,
 )
 from dmm_core.errors import BadInput
+from dmm_core.models import load_pipeline
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.run import average_tensors, open_sources, start_tensors
-from dmm_core.sample import sample_latents
+from dmm_core.sample import sample, sample_latents
 from dmm_core.teachers import Teachers
 from tests.unit import tiny
 from tests.unit.merges import SMALL, TRAIN, built
@@ -64,6 +67,10 @@ def test_kinds_are_seen(files, tmp_path):
     config.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}), encoding="utf-8")
     folder = open_checkpoint(tmp_path / "folder")
     assert (folder.prediction_type, folder.zero_snr) == ("v_prediction", True)
+    merged = tmp_path / "merged.safetensors"  # in one file the marks are tensors
+    assert main(["merge", "--model", *[str(tmp_path / "folder")] * 2, "--out", str(merged)]) == 0
+    for told in (open_checkpoint(merged), load_pipeline(merged)):
+        assert (told.prediction_type, told.zero_snr) == ("v_prediction", True)
 
 
 def test_epsilon_of_v():
@@ -150,6 +157,14 @@ def test_what_cannot_be_converted_is_refused_by_name(files, tmp_path):
         open_sources(recipe(tmp_path, [files["eps"]], base=str(files["v"])))
     with pytest.raises(BadInput, match=r"zero\.safetensors: is a zero-terminal-SNR model.*epsilon model as base"):
         open_sources(recipe(tmp_path, [files["zero"]]))
+
+
+def test_a_picture_of_a_zero_snr_checkpoint_has_its_schedule(files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dmm_core.sample, "sample_latents", lambda *_, **how: asked.append(how) or torch.zeros(1))
+    for name in ("v", "zero"):
+        sample(load_pipeline(files[name]), ["a"], seeds=[0])
+    assert [how["zero_snr"] for how in asked] == [False, True]
 
 
 def test_sampling_by_a_zero_snr_schedule_starts_from_pure_noise():

@@ -141,6 +141,17 @@ def test_pinned_copies_have_the_device_s_type_and_layout(checkpoints, channels_l
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "two tensors overlap"
 
 
+def test_what_a_lora_made_is_not_kept_beside_its_pinned_copy(checkpoints, monkeypatch):
+    """Tensors in a mapped file cost nothing and are kept to compare others with; computed ones cost their size."""
+    store = HostStore(torch.bfloat16, pinned=True)
+    store.tensors(checkpoints[0])
+    before = sum(map(len, store._seen.values()))
+    monkeypatch.setattr(type(checkpoints[1]), "changed", lambda self, part, key, tensor: tensor.float() + 1)
+    changed = store.tensors(checkpoints[1])
+    assert sum(map(len, store._seen.values())) == before
+    assert all(torch.equal(tensor, (checkpoints[1].unet()[key]).bfloat16()) for key, tensor in changed.items())
+
+
 def test_pinned_only_where_there_is_room(checkpoints, monkeypatch):
     for room, pinned in ((1 << 40, True), (1 << 10, False), (None, True)):
         monkeypatch.setattr("dmm_core.residency.available_ram", lambda room=room: room)

@@ -12,6 +12,7 @@ from dmm_core.checkpoint import open_checkpoint
 from dmm_core.losses import BlockFeatures
 from dmm_core.lowrank import Adapters
 from dmm_core.models import build_unet
+from dmm_core.plan import choose_precision
 from dmm_core.speed import REPEATED, quicken, side_by_side, to_device, wants_channels_last
 from tests.unit.merges import built, tiny_teachers
 
@@ -73,6 +74,15 @@ def test_a_step_waits_for_nothing(tmp_path, teachers, extra):
         with pytest.raises(AssertionError, match="reads a tensor"):
             torch.ones(1).item()
     assert result.loss > 0 and len(result.score) == 2, "read now, not in the step"
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, capability, wanted):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(str(device)) or capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # as torch says of a Turing card
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choose_precision("auto", "cuda:1") == wanted and asked == ["cuda:1"]
 
 
 def test_layout_is_chosen_by_device():

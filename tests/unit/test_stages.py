@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,38 @@ def test_the_commands(tmp_path, teachers, capsys):
     assert (answer["steps"], answer["samples_seen"]) == (4, 14)
     inside = json.loads(open_checkpoint(made.out).metadata["dmm.recipe"])
     assert [stage["name"] for stage in inside["stages"]] == ["distil", "synthesised"]
+
+
+def test_work_folder_keeps_what_is_not_the_merges(tmp_path, teachers):
+    """A recipe may name any folder for its work: only what the merge put there goes."""
+    work = tmp_path / "mine"
+    (work / "stage-2").mkdir(parents=True)
+    (work / "notes.txt").write_text("mine")
+    (work / "stage-2" / "other.safetensors").touch()
+    (work / ".state.safetensors.0123456789ab.tmp").touch()  # of a process that was killed while it saved
+    stages = ["distil", {"name": "synthesised", "train": {"steps": 1}, "data": {"cfg_scale": 1.5}}]
+    merge = prepare(replace(recipe(tmp_path / "o.safetensors", teachers, stages, steps=1), work=work))
+    assert not list(work.glob(".*.tmp"))
+    list(merge.steps())
+    assert (work / "stage-2" / "latents.safetensors").exists() and merge.save().exists()
+    assert sorted(p.name for p in work.rglob("*")) == ["notes.txt", "other.safetensors", "stage-2"]
+
+
+def test_work_folder_of_its_own(tmp_path, teachers):
+    spec = {"teachers": [str(t) for t in teachers], "data": SMALL, "train": TRAIN}
+    with pytest.raises(RecipeError, match="work: out lies in it"):
+        recipe_from_dict(spec | {"out": str(tmp_path / "a" / "o.safetensors"), "work": str(tmp_path)})
+    with pytest.raises(RecipeError, match=r"work: teachers\[0\].path lies in it"):
+        recipe_from_dict(spec | {"out": str(tmp_path / "o.safetensors"), "work": str(Path(teachers[0]).parent)})
+
+
+def test_a_stage_is_gone_before_the_next_one_comes(tmp_path, teachers):
+    """Student, gradients and moments of one stage are what a device has room for, not those of two."""
+    made = recipe(tmp_path / "o.safetensors", teachers, ["distil", {"name": "synthesised", "data": {"cfg_scale": 1.5}}])
+    held: list[weakref.ref] = []
+    drawn: list[tuple[int, bool]] = []
+    merge = prepare(made, notify=lambda *_: drawn.append((merge.steps_done, held[0]() is None)) if held else None)
+    for _ in merge.steps_of_stage(lambda: False):
+        held = held or [weakref.ref(merge.distillation)]
+    assert merge.begin_next_stage()
+    assert drawn and set(drawn) == {(merge.distillation.steps_done, True)}
