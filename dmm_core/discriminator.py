@@ -153,7 +153,7 @@ class Critic:
         weights = {f"critic.{key}": value for key, value in self.module.learned().items()}
         return weights | {f"critic_optimizer.{key}": value for key, value in self.optimizer.state().items()}
 
-    def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def load_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Put what ``state`` gave back; KeyError where something is missing."""
         for key, mine in self.module.learned().items():
             mine.copy_(weights[key])

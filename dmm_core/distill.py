@@ -249,11 +249,11 @@ class Distillation:
     # ------------------------------------------------------------ exact resume
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Everything that decides the next step: tensors on the CPU, and strings."""
+        """Everything that decides the next step: its own tensors, wherever they are, and strings."""
         return resume.state(self)
 
     def save_state(self, path: Path) -> None:
-        """Write the state atomically: the file is the old one or the new one, never half of it."""
+        """Write the state atomically and tensor by tensor: the file is the old one or the new one, never half of it."""
         resume.save(self, path)
 
     def load_state(self, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -265,7 +265,7 @@ class StudentOptimizer:
                 tensors |= {f"{i}.{name}{part}": tensor for part, tensor in _plain(value).items()}
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put what ``state`` gave back in its place; KeyError where something is missing."""
         for i, (p, optimizer) in enumerate(self._owners()):
             for name, value in optimizer.state[p].items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +18,36 @@ from dmm_core.recipe import FREE
 
 if TYPE_CHECKING:
     from dmm_core.distill import Distillation
+    from dmm_core.student import Student
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file whose names begin with ``prefix``, each read when it is asked for.
+
+    Copies, which the caller lets go one after the other: Windows replaces no file that a tensor still maps.
+    """
+
+    def __init__(self, file: Any, prefix: str = "") -> None:
+        self.file, self.prefix = file, prefix
+        self.names = {key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(self.prefix + name)
+        return self.file.get_tensor(self.prefix + name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors on the CPU, and strings. A low-rank student's frozen UNet is not among them: it is made again."""
+    """The run's own tensors, wherever they are, and strings.
+
+    A low-rank student's frozen UNet is not among them: it is made again.
+    """
     tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in run.student.learned().items()}
     tensors |= {f"average.{i}": v for i, v in enumerate(run.average)}
     tensors |= {f"optimizer.{k}": v for k, v in run.optimizer.state().items()}
@@ -28,7 +56,7 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
     about = {"step": run.step_count, "samples_seen": run.samples_seen, "scaler": run.scaler.state_dict()}
     if run.economy.steps_down:
         about["economy"] = vars(run.economy)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {key: value.detach() for key, value in tensors.items()}
     return tensors, {"dmm.resume": json.dumps(about), "dmm.run": identity(run)}
 
 
@@ -42,6 +70,7 @@ def identity(run: Distillation) -> str:
 
 
 def save(run: Distillation, path: Path) -> None:
+    """Write the state; its tensors come to the CPU one after the other, as the writer asks for them."""
     write_safetensors(path, *state(run))
 
 
@@ -52,29 +81,21 @@ def load(run: Distillation, path: Path) -> None:
     Raises:
         BadInput: not a saved state, or one of another recipe.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(str(path), "pt"))
             strings = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a dict
-        about, whose = json.loads(strings["dmm.resume"]), strings["dmm.run"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise BadInput("is no saved state of a distillation", path, "Start again without --resume.") from error
-    if whose != identity(run):
-        raise BadInput("belongs to another recipe", path, "Resume with the recipe it was made with, or start again.")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
-    try:
-        run.student.load_state_dict({**run.student.state_dict(), **parts["student"]})
-        for i, mine in enumerate(run.average):
-            mine.copy_(parts["average"][str(i)])
-        run.optimizer.load_state(parts["optimizer"])
-        if run.critic:
-            run.critic.load_state(parts["critic"], parts["critic_optimizer"])
-    except KeyError as error:  # 8-bit moments of another library have other names
-        raise BadInput(f"has no {error.args[0]}", path, "Resume where it was made: with the same libraries.") from error
-    run.rng.set_state(tensors["rng"])
+            about, whose = json.loads(strings["dmm.resume"]), strings["dmm.run"]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BadInput("is no saved state of a distillation", path, "Start again without --resume.") from error
+        if whose != identity(run):
+            told = "Resume with the recipe it was made with, or start again."
+            raise BadInput("belongs to another recipe", path, told)
+        try:
+            put_back(run, file)
+        except KeyError as error:  # 8-bit moments of another library have other names
+            told = "Resume where it was made: with the same libraries."
+            raise BadInput(f"has no {error.args[0]}", path, told) from error
     run.scaler.load_state_dict(about["scaler"])
     run.step_count, run.samples_seen = about["step"], about["samples_seen"]
     for name, value in about.get("economy", {}).items():
@@ -82,10 +103,30 @@ def load(run: Distillation, path: Path) -> None:
     run.be_sparing()
 
 
+def put_back(run: Distillation, file: Any) -> None:
+    """Copy every tensor of an open state into its place, one after the other; KeyError where one is missing."""
+    fill(run.student, Stored(file, "student."))
+    average = Stored(file, "average.")
+    for i, mine in enumerate(run.average):
+        mine.copy_(average[str(i)])
+    run.optimizer.load_state(Stored(file, "optimizer."))
+    if run.critic:
+        run.critic.load_state(Stored(file, "critic."), Stored(file, "critic_optimizer."))
+    run.rng.set_state(Stored(file)["rng"])
+
+
+def fill(student: Student, stored: Mapping[str, Tensor]) -> None:
+    """Copy what a student has learned into it. KeyError: a tensor is missing; RuntimeError: one of another shape."""
+    for key, mine in student.learned().items():
+        theirs = stored[key]
+        if mine.shape != theirs.shape:  # which copy_ might spread
+            raise RuntimeError(f"{key}: expected {tuple(mine.shape)}, got {tuple(theirs.shape)}")
+        mine.copy_(theirs)
+
+
 def save_student(run: Distillation, path: Path) -> None:
     """The student alone, for the next stage; and how many samples it has seen."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in run.student.learned().items()}
-    write_safetensors(path, tensors, {"samples_seen": str(run.samples_seen)})
+    write_safetensors(path, run.student.learned(), {"samples_seen": str(run.samples_seen)})
 
 
 @torch.no_grad()
@@ -97,9 +138,8 @@ def load_student(run: Distillation, path: Path) -> None:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             seen = int((file.metadata() or {})["samples_seen"])
-        run.student.load_state_dict({**run.student.state_dict(), **tensors})
+            fill(run.student, Stored(file))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise BadInput("is no student of this recipe's stage before", path, "Delete the work folder.") from error
     run.samples_seen = seen

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from dmm_core import resume
+from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.economy import ENOUGH_ROWS, Economy, is_out_of_memory
 from dmm_core.errors import BadInput, RecipeError
 from dmm_core.recipe import TrainSpec
@@ -104,6 +107,43 @@ def test_resume_is_exact(tmp_path, teachers, economy):
     (tensors, strings), (expected, told) = resumed.state(), straight.state()
     assert strings == told and tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_a_save_holds_no_second_state(tmp_path, teachers):
+    """What is written is the run's own memory, of any layout: no copy of everything is made before; the same bytes."""
+    run = built(tmp_path / "o.safetensors", teachers, channels_last=True, ema=0.9)
+    run.step()
+    tensors, strings = run.state()
+    own = {x.data_ptr() for x in [*run.student.state_dict().values(), *run.average]}
+    assert all(x.data_ptr() in own for key, x in tensors.items() if key.partition(".")[0] in ("student", "average"))
+    assert any(not x.is_contiguous() for x in tensors.values()), "which the writer has to copy"
+    run.save_state(tmp_path / "state.safetensors")
+    write_safetensors(tmp_path / "whole", {key: x.cpu().contiguous() for key, x in tensors.items()}, strings)
+    assert (tmp_path / "state.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_loading_holds_no_second_state(tmp_path, teachers, monkeypatch):
+    """Of the copies that are made of a file's tensors, the last one or two are there; so too between two stages."""
+    run = built(tmp_path / "o.safetensors", teachers, ema=0.9)
+    run.step()
+    run.save_state(tmp_path / "state.safetensors")
+    resume.save_student(run, tmp_path / "student.safetensors")
+    copies, most, clone = [], [], torch.Tensor.clone
+
+    def noted(tensor, **more):
+        copy = clone(tensor, **more)
+        copies.append(weakref.ref(copy))
+        most.append(sum(kept() is not None for kept in copies))
+        return copy
+
+    again, third = (built(tmp_path / "o.safetensors", teachers, ema=0.9) for _ in range(2))
+    monkeypatch.setattr(torch.Tensor, "clone", noted)
+    again.load_state(tmp_path / "state.safetensors")
+    assert len(copies) == len(run.state()[0]) and max(most) <= 2
+    assert furthest(again.state()[0], run.state()[0]) == 0
+    resume.load_student(third, tmp_path / "student.safetensors")
+    assert max(most) <= 2 and furthest(third.student.learned(), run.student.learned()) == 0
+    assert len(copies) == len(run.state()[0]) + len(run.student.learned()), "none is left mapped"
 
 
 # ---------------------------------------------------------------- memory runs out
