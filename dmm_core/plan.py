@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from dmm_core.errors import BadInput
 from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
 from dmm_core.recipe import Recipe, TeacherSpec
-from dmm_core.sizes import latent_sizes
+from dmm_core.room import asked, drawing, keeping, latent_bytes, most_bytes, prompt_count, saving_bytes
 from dmm_core.speed import has_bf16
 
 GIB = 2**30
@@ -176,8 +175,8 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
         weights_bytes(part.train, count, device, min(part.train.resident or different, different), body)
         for part in stages
     )
-    drawn = sum(latent_bytes(stage, sources) for stage in drawing(stages))
-    disk = drawn + file_bytes(sources.base.path) + state_bytes(stages, count, body)
+    drawn = sum(latent_bytes(stage, sources) for stage in keeping(stages))
+    disk = drawn + most_bytes(stages, sources, count, body)
     folder = existing_parent(recipe.out)
     if shutil.disk_usage(folder).free < disk:
         raise BadInput(
@@ -196,12 +195,14 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
 def with_trials(told: Plan, found: Any, recipe: Recipe, stages: Sequence[Recipe], sources: Sources) -> Plan:
     """A plan with the memory and the time that the stages' trials took.
 
-    Memory that no trial held is added: all prompts' embeddings (the student's in float32, the teachers'), and latents
-    twice.
+    Memory that no trial held is added: all prompts' embeddings (the student's in float32, those of each different text
+    encoder of the teachers), latents twice, and what a save has on the host at once.
     """
     width, narrow = int(sources.base.unet_config["cross_attention_dim"]), 4 if told.precision == "fp32" else 2
-    drawn = sum(latent_bytes(stage, sources) for stage in drawing(stages))
-    ram = found.ram + (prompt_count(recipe) + 1) * 77 * width * (4 + narrow) + 2 * drawn
+    embeddings = 77 * width * (4 + narrow * max(trial.encoders for trial in found.trials))
+    drawn = sum(latent_bytes(stage, sources) for stage in keeping(stages))
+    prompts = max(prompt_count(stage) for stage in stages) + 1
+    ram = found.ram + prompts * embeddings + 2 * drawn + saving_bytes(sources.base)
     timed = list(zip(stages, found.trials, strict=True))
     chunks = {part.work: -(-part.data.latents_per_teacher // 16) * part.data.steps for part in drawing(stages)}
     denoising = {part.work: trial.seconds_per_denoising * asked(part, sources) for part, trial in timed}
@@ -210,47 +211,6 @@ def with_trials(told: Plan, found: Any, recipe: Recipe, stages: Sequence[Recipe]
         told, seconds_per_step=training / told.steps, seconds=training + sum(chunks[w] * denoising[w] for w in chunks),
         peak_bytes=found.device or ram, ram_bytes=ram, changes=found.changes,
     )  # fmt: skip
-
-
-def drawing(stages: Sequence[Recipe]) -> list[Recipe]:
-    """Stages whose teachers draw latents: of those that share them, one."""
-    return list({stage.work: stage for stage in stages if stage.data.kind == "teachers"}.values())
-
-
-def asked(recipe: Recipe, sources: Sources) -> int:
-    """How many teachers draw latents: all, or the new ones where old styles are not trained."""
-    return len(sources.teachers) - (sources.old if recipe.train.regularize == 0 else 0)
-
-
-def file_bytes(path: Path) -> int:
-    """Of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
-
-
-def state_bytes(stages: Sequence[Recipe], count: int, body: int) -> int:
-    """Room that the saved state takes, and the student between two stages.
-
-    Args:
-        count, body: parameters of the UNet and of the discriminator's body.
-    """
-    spec = stages[0].train
-    size = 0 if spec.student == "lora" else count * (12 + (4 if any(part.train.ema for part in stages) else 0))
-    size += 4 * count if len(stages) > 1 else 0
-    return size + (12 * body if any(part.train.discriminator == "full" for part in stages) else 0)
-
-
-def latent_bytes(recipe: Recipe, sources: Sources) -> int:
-    """Room that the latents of a stage's teachers take, in float16."""
-    sizes = latent_sizes(recipe.data, sources.base)
-    mean = math.fsum(h * w for h, w in sizes) / len(sizes)
-    return int(recipe.data.latents_per_teacher * asked(recipe, sources) * 4 * mean * 2)
-
-
-def prompt_count(recipe: Recipe) -> int:
-    """How many prompts are encoded."""
-    from dmm_core.data import read_prompts
-
-    return len(read_prompts(recipe.data.prompts)) if recipe.data.prompts else recipe.data.latents_per_teacher
 
 
 def existing_parent(path: str | Path) -> Path:

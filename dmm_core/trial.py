@@ -9,18 +9,22 @@ import math
 import multiprocessing
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmm_core.checkpoint import open_checkpoint
 from dmm_core.economy import is_out_of_memory
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import has_eight_bit
 from dmm_core.recipe import Recipe, TrainSpec
-from dmm_core.sizes import largest, latent_sizes
+from dmm_core.sizes import Size, largest, latent_sizes
 from dmm_core.speed import has_bf16
 from dmm_core.stages import stage_recipes
+
+if TYPE_CHECKING:
+    from dmm_core.teachers import Teachers
 
 ROOM = 0.92  # share of the free memory that a plan may fill
 SAMPLED = 16  # latents that are drawn together, as run.py does
@@ -34,6 +38,7 @@ class Trial:
     ram: int
     seconds_per_step: float
     seconds_per_denoising: float  # one step of the sampler for up to 16 latents
+    encoders: int = 1  # different text encoders among the teachers, each of which has embeddings of all prompts
 
 
 def try_out(recipe: Recipe) -> Trial | None:
@@ -70,24 +75,14 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
     """As ``run.prepare`` and the first steps, with random latents of the largest size and one prompt."""
     from dmm_core.data import LatentData, Pool
     from dmm_core.run import load_teachers, open_sources, ready
-    from dmm_core.sample import initial_noise, sample_latents
 
     sources = open_sources(recipe, check_values=False)
     size = largest(latent_sizes(recipe.data, sources.base))
     teachers = load_teachers(recipe, sources)
     teachers.embed(["a picture", ""])
-    count = min(SAMPLED, recipe.data.latents_per_teacher)
-    denoising = 0.0
-    if recipe.data.kind == "teachers":
-        rows = torch.zeros(count, dtype=torch.long)
-        for index in range(len(teachers) if teachers.resident >= len(teachers) else 1):
-            began = time.monotonic()
-            sample_latents(
-                teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
-                cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
-                **teachers.sampling(index),
-            ).cpu()  # fmt: skip
-            denoising = time.monotonic() - began
+    first = torch.tensor([0])
+    encoders = {tuple(teachers.context(i, first).tokens.flatten().tolist()) for i in range(len(teachers))}
+    denoising = seconds_per_denoising(recipe, teachers, size) if recipe.data.kind == "teachers" else 0.0
     pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))
     run = ready(recipe, sources, LatentData(["a picture"], [pool], recipe.data.prompt_drop), teachers)
     times = []
@@ -99,7 +94,35 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
         assert math.isfinite(result.loss)  # reading it waits for the device
         times.append(time.monotonic() - began)
     device = torch.cuda.max_memory_reserved() if run.device.type == "cuda" else 0
-    return Trial(device, peak_resident_bytes() or 0, min(times[1:]), denoising)
+    return Trial(device, peak_resident_bytes() or 0, min(times[1:]), denoising, len(encoders))
+
+
+def seconds_per_denoising(recipe: Recipe, teachers: Teachers, size: Size) -> float:
+    """Of one step of the sampler for up to 16 latents, once the teachers are there that may stay.
+
+    A teacher's first step is not timed: it reads a checkpoint and finds its kernels, once in hundreds of steps.
+    """
+    from dmm_core.sample import initial_noise, sample_latents
+
+    count = min(SAMPLED, recipe.data.latents_per_teacher)
+    rows = torch.zeros(count, dtype=torch.long)
+
+    def draw(index: int) -> None:
+        sample_latents(
+            teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
+            cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
+            **teachers.sampling(index),
+        ).cpu()  # fmt: skip
+
+    last = len(teachers) - 1 if teachers.resident >= len(teachers) else 0
+    for index in range(last + 1):
+        draw(index)
+    times: list[float] = []
+    while not times or (len(times) < 3 and sum(times) < 1):  # small models' times vary, and cost little
+        began = time.monotonic()
+        draw(last)
+        times.append(time.monotonic() - began)
+    return min(times)
 
 
 # ---------------------------------------------------------------- what fits
@@ -137,12 +160,13 @@ def fit(
     room = budget if budget is not None else free_memory(device)
     together = any(stage.train.fused_backward for stage in recipe.stages)
     spec = replace(recipe.train, fused_backward=recipe.train.fused_backward or together)
-    for changes in candidates(spec, len(recipe.teachers), device):
+    teachers, unets = taking_part(recipe)
+    for changes in candidates(spec, teachers, device):
         stages = tuple(replace(stage, train=replace(stage.train, **changes)) for stage in recipe.stages)
         sparing = replace(recipe, train=replace(recipe.train, **changes), stages=stages)
         specs = [stage.train for stage in stage_recipes(sparing)]
         least = max(
-            weights_bytes(spec, parameters, device, spec.resident or len(recipe.teachers), encoder) for spec in specs
+            weights_bytes(spec, parameters, device, min(spec.resident or unets, unets), encoder) for spec in specs
         )
         if room is not None and least > room:
             continue
@@ -151,6 +175,17 @@ def fit(
         if trials := try_stages(sparing, room):
             return Fit(sparing, changes, trials)
     return None
+
+
+def taking_part(recipe: Recipe) -> tuple[int, int]:
+    """How many teachers train the student, and how many UNets these are at least.
+
+    They are the recipe's, and the styles of the file it extends, which are one UNet, unless no stage asks them.
+    """
+    old = 0
+    if recipe.student and (not recipe.teachers or any(s.train.regularize != 0 for s in stage_recipes(recipe))):
+        old = len(open_checkpoint(recipe.student).styles)
+    return len(recipe.teachers) + old, len({teacher.path for teacher in recipe.teachers}) + (old > 0)
 
 
 def try_stages(recipe: Recipe, room: int | None) -> tuple[Trial, ...] | None:
