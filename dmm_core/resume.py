@@ -62,11 +62,14 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def identity(run: Distillation) -> str:
     """What must not change between sittings, as JSON."""
-    names = [str(checkpoint.path.name) for checkpoint in run.teachers.checkpoints]
     spec = {k: v for k, v in vars(run.spec).items() if k not in FREE}
-    return json.dumps(
-        {"styles": run.student.codebook.names, "teachers": names, "train": spec}, sort_keys=True, default=list
-    )
+    return json.dumps({**taught(run), "train": spec}, sort_keys=True, default=list)
+
+
+def taught(run: Distillation) -> dict[str, Any]:
+    """What all stages of a recipe have in common: the styles, and whom each was learned from."""
+    names = [checkpoint.path.name for checkpoint in run.teachers.checkpoints]
+    return {"styles": list(run.student.codebook.names), "teachers": names}
 
 
 def save(run: Distillation, path: Path) -> None:
@@ -96,7 +99,8 @@ def load(run: Distillation, path: Path) -> None:
         except KeyError as error:  # 8-bit moments of another library have other names
             told = "Resume where it was made: with the same libraries."
             raise BadInput(f"has no {error.args[0]}", path, told) from error
-    run.scaler.load_state_dict(about["scaler"])
+    if about["scaler"]:  # none where the sitting before computed in another precision than float16
+        run.scaler.load_state_dict(about["scaler"])
     run.step_count, run.samples_seen = about["step"], about["samples_seen"]
     for name, value in about.get("economy", {}).items():
         setattr(run.economy, name, value)
@@ -126,7 +130,8 @@ def fill(student: Student, stored: Mapping[str, Tensor]) -> None:
 
 def save_student(run: Distillation, path: Path) -> None:
     """The student alone, for the next stage; and how many samples it has seen."""
-    write_safetensors(path, run.student.learned(), {"samples_seen": str(run.samples_seen)})
+    about = {"samples_seen": str(run.samples_seen), "dmm.run": json.dumps(taught(run))}
+    write_safetensors(path, run.student.learned(), about)
 
 
 @torch.no_grad()
@@ -134,12 +139,17 @@ def load_student(run: Distillation, path: Path) -> None:
     """Start a stage from what ``save_student`` wrote, the moving average too.
 
     Raises:
-        BadInput: not such a file.
+        BadInput: not such a file, or one of other teachers.
     """
     try:
         with safe_open(str(path), "pt") as file:
-            seen = int((file.metadata() or {})["samples_seen"])
+            about = file.metadata() or {}
+            seen, whose = int(about["samples_seen"]), json.loads(about["dmm.run"])
+            if whose != taught(run):
+                raise BadInput("learned from other teachers than the recipe's", path, "Delete the work folder.")
             fill(run.student, Stored(file))
+    except BadInput:
+        raise
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise BadInput("is no student of this recipe's stage before", path, "Delete the work folder.") from error
     run.samples_seen = seen

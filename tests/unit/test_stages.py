@@ -208,3 +208,29 @@ def test_a_stage_is_gone_before_the_next_one_comes(tmp_path, teachers):
         held = held or [weakref.ref(merge.distillation)]
     assert merge.begin_next_stage()
     assert drawn and set(drawn) == {(merge.distillation.steps_done, True)}
+
+
+def test_a_student_of_other_teachers_is_not_gone_on_with(tmp_path, teachers):
+    """Interrupted while the second stage draws; then the recipe names another teacher."""
+    stages = ["distil", {"name": "synthesised", "data": {"cfg_scale": 1.5}}]
+
+    def break_off(what, done, total):
+        if (tmp_path / "o.work" / "student-1.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(prepare(recipe(tmp_path / "o.safetensors", teachers, stages), notify=break_off).steps())
+    other = tiny.write_tiny(tmp_path / "other.safetensors", seed=77)
+    with pytest.raises(BadInput, match="other teachers"):
+        prepare(recipe(tmp_path / "o.safetensors", [teachers[0], other], stages), resume=True)
+    assert prepare(recipe(tmp_path / "o.safetensors", teachers, stages), resume=True).stage == 1
+
+
+def test_a_state_without_a_gradient_scaler_is_taken_up_in_float16(tmp_path, teachers):
+    """On another device, say: ``precision: auto`` may choose another one there."""
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers, ["distil"]))
+    next(iter(merge.steps()))
+    merge.distillation.save_state(tmp_path / "state.safetensors")
+    merge.distillation.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    merge.distillation.load_state(tmp_path / "state.safetensors")
+    assert merge.distillation.step_count == 1
