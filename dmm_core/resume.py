@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.errors import BadInput
 from dmm_core.recipe import FREE
@@ -63,13 +64,13 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
 def identity(run: Distillation) -> str:
     """What must not change between sittings, as JSON."""
     spec = {k: v for k, v in vars(run.spec).items() if k not in FREE}
-    return json.dumps({**taught(run), "train": spec}, sort_keys=True, default=list)
+    told = taught(run.student.codebook.names, run.teachers.checkpoints)
+    return json.dumps({**told, "train": spec}, sort_keys=True, default=list)
 
 
-def taught(run: Distillation) -> dict[str, Any]:
+def taught(styles: Sequence[str], teachers: Sequence[Checkpoint]) -> dict[str, list[str]]:
     """What all stages of a recipe have in common: the styles, and whom each was learned from."""
-    names = [checkpoint.path.name for checkpoint in run.teachers.checkpoints]
-    return {"styles": list(run.student.codebook.names), "teachers": names}
+    return {"styles": list(styles), "teachers": [teacher.path.name for teacher in teachers]}
 
 
 def save(run: Distillation, path: Path) -> None:
@@ -130,8 +131,23 @@ def fill(student: Student, stored: Mapping[str, Tensor]) -> None:
 
 def save_student(run: Distillation, path: Path) -> None:
     """The student alone, for the next stage; and how many samples it has seen."""
-    about = {"samples_seen": str(run.samples_seen), "dmm.run": json.dumps(taught(run))}
+    about = {
+        "samples_seen": str(run.samples_seen),
+        "dmm.run": json.dumps(taught(run.student.codebook.names, run.teachers.checkpoints)),
+    }
     write_safetensors(path, run.student.learned(), about)
+
+
+def check_student(path: Path, styles: Sequence[str], teachers: Sequence[Checkpoint]) -> None:
+    """Raises BadInput for a student of other teachers, before anything is drawn for its next stage."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            whose = json.loads((file.metadata() or {})["dmm.run"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BadInput("is no student of a stage before", path, "Delete the work folder.") from error
+    if whose != taught(styles, teachers):
+        told = "Go on with the recipe as it was, or delete the work folder."
+        raise BadInput("learned from other teachers than the recipe's", path, told)
 
 
 @torch.no_grad()
@@ -139,17 +155,12 @@ def load_student(run: Distillation, path: Path) -> None:
     """Start a stage from what ``save_student`` wrote, the moving average too.
 
     Raises:
-        BadInput: not such a file, or one of other teachers.
+        BadInput: not such a file.
     """
     try:
         with safe_open(str(path), "pt") as file:
-            about = file.metadata() or {}
-            seen, whose = int(about["samples_seen"]), json.loads(about["dmm.run"])
-            if whose != taught(run):
-                raise BadInput("learned from other teachers than the recipe's", path, "Delete the work folder.")
+            seen = int((file.metadata() or {})["samples_seen"])
             fill(run.student, Stored(file))
-    except BadInput:
-        raise
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise BadInput("is no student of this recipe's stage before", path, "Delete the work folder.") from error
     run.samples_seen = seen

@@ -29,7 +29,7 @@ from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.result import StepResult
-from dmm_core.resume import load_student, save_student
+from dmm_core.resume import check_student, load_student, save_student
 from dmm_core.sizes import latent_sizes, squarest
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.stages import (
@@ -186,6 +186,8 @@ def build(
 ) -> Distillation:
     """A stage of the recipe before its first step, with the student that the stage before has left."""
     stage = stage_recipe(recipe, number)
+    if number:
+        check_student(student_file(recipe, number - 1), sources.names, sources.teachers)
     if ranks.rank:
         ranks.wait()
     prompts, pools = make_data(stage, sources, teachers, notify)
