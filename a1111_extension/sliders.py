@@ -57,6 +57,23 @@ def picture(uri: str) -> str:
     return f'<img src="{html.escape(uri, quote=True)}" alt="">' if uri.startswith("data:image/") else ""
 
 
+def follow(book: Book, before: dict[str, float]) -> tuple[tuple[str, ...], list[float], list[str]]:
+    """Names and values of the sliders for this file, after those of ``before``; and what had a weight but has no style.
+
+    Styles beyond the last slider take the place of others while they have a weight. Where no style with a weight is the
+    file's, the default style.
+    """
+    first = book.names[:SLIDERS]
+    given = {name: float(value or 0) for name, value in before.items()}
+    weighted = {name for name, value in given.items() if value}
+    kept = weighted & set(book.names)
+    if not kept and set(before) != set(first):
+        return first, [default(book, name) for name in first], []
+    chosen = kept | set([name for name in first if name not in kept][: SLIDERS - len(kept)])
+    names = tuple(name for name in book.names if name in chosen)
+    return names, [given.get(name, 0.0) for name in names], [name for name in given if name in weighted - kept]
+
+
 def default(book: Book, name: str) -> float:
     """A weight of the default style, short enough to show; normalised it is exact."""
     return round(book.codebook.default.get(name, 0.0), 4)

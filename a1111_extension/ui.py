@@ -87,7 +87,7 @@ def _choice(label: str, name: str, elem_id: Callable[[str], str]) -> Any:
 
 
 def _connect(panel: Panel, enabled: Any, refresh: Any, reset: Any, mix: Any) -> None:
-    keep = {"inputs": [panel.names], "outputs": panel.filled, "show_progress": False}
+    keep = {"inputs": [panel.names, *panel.sliders], "outputs": panel.filled, "show_progress": False}
     enabled.change(fn=fill, **keep)  # opened: perhaps another checkpoint is loaded by now
     refresh.click(fn=fill, **keep)
     root = gr.context.Context.root_block
@@ -98,27 +98,29 @@ def _connect(panel: Panel, enabled: Any, refresh: Any, reset: Any, mix: Any) -> 
     mix.click(fn=random_mix, inputs=[panel.names], outputs=panel.sliders, show_progress=False)
 
 
-def fill(shown: str) -> list[Any]:
+def fill(shown: str, *values: float) -> list[Any]:
     """Updates of ``Panel.filled``: the styles of the checkpoint that is drawn with, or why there are none.
 
-    Where the panel shows them already, the sliders stay as they are.
+    ``values``: the sliders', beside the names ``shown``. They go along by name, and stay where the names stay.
+    Without a DMM file the names stay too: with none, values would be taken by position later on.
     """
     book = checkpoint.current()
     if not isinstance(book, Book):
         nothing = [gr.update() for _ in range(SLIDERS)]
         hidden = [gr.update(visible=False) for _ in range(SLIDERS)]
         choices = [gr.update(choices=["", DEFAULT])] * 2
-        return [gr.update(value=_line(book)), *hidden, *nothing, *nothing, *choices, gr.update(value="")]
-    names = book.names[:SLIDERS]
-    fresh = read_names(shown) != names
+        return [gr.update(value=_line(book)), *hidden, *nothing, *nothing, *choices, gr.update()]
+    before = read_names(shown)
+    names, moved, missing = sliders.follow(book, dict(zip(before, values, strict=False)))
     told = f"{book.path.name}: {len(book.names)} styles."
     if len(book.names) > SLIDERS:
-        told += f" The last {len(book.names) - SLIDERS} have no slider; give them by name."
-    values = [sliders.default(book, name) for name in names] if fresh else None
+        told += f" {len(book.names) - SLIDERS} of them have no slider; give them by name."
+    if missing:
+        told += f" Left out, since it has no such style: {', '.join(missing)}."
     choices = gr.update(choices=["", DEFAULT, *book.names])
     return [
         gr.update(value=_line(told)), *sliders.shown(len(names)), *sliders.pictures(names, book),
-        *sliders.labelled(names, values),
+        *sliders.labelled(names, None if names == before else moved),
         choices, choices, gr.update(value=json.dumps(names, ensure_ascii=False)),
     ]  # fmt: skip
 

@@ -100,7 +100,7 @@ def test_page_over_http(host):
         of_panels = {i: d for i, d in enumerate(client.config["dependencies"]) if panels & set(d["outputs"])}
         filling = [i for i, d in of_panels.items() if len(d["outputs"]) == outputs]
         assert len(filling) == 6  # a tab: opened, refreshed, page loaded
-        told = client.predict("", fn_index=filling[0])
+        told = client.predict("", *[0.0] * host.args.SLIDERS, fn_index=filling[0])
         assert "dmm.safetensors: 3 styles." in str(told)
         counts = {
             name: len(getattr(host.ui, name)('["neon"]')) for name in ("fill", "relabel", "defaults", "random_mix")
@@ -164,6 +164,61 @@ def test_infotext_before_its_checkpoint_is_loaded(host, files):
     assert json.loads(values[-1]) == ["ink", "clay"]
     host.load(files / "dmm.safetensors")
     assert apart(told.latents, host.process(Processing(script_args=values)).latents) < 1e-5
+
+
+def filled(host, values: list) -> list:
+    """The panel's values after it was filled anew, as Refresh and the page's script do."""
+    first, sliders = len(host.args.CONTROLS), host.args.SLIDERS
+    made = host.ui.fill(values[-1], *values[first:-1])
+    updates = [*made[1 + 2 * sliders : 1 + 3 * sliders], made[-1]]
+    return [*values[:first], *(u.get("value", v) for u, v in zip(updates, values[first:], strict=True))]
+
+
+def test_infotext_beside_an_ordinary_checkpoint(host, files):
+    """What was pasted keeps its names, so that no other file takes its values by position."""
+    host.load(files / "plain.safetensors")
+    values = filled(host, pasted(host, 'a cat\nDMM weights: "clay=0.3, neon=0.7"'))
+    assert json.loads(values[-1]) == ["clay", "neon"]
+    host.load(files / "dmm.safetensors")
+    told = host.process(Processing(script_args=values))
+    assert "the sliders are those of another checkpoint (clay, neon)" in told.comments[0]
+    assert "DMM weights" not in told.params[0][1]
+    made = host.ui.fill(values[-1], *values[len(host.args.CONTROLS) : -1])
+    assert "Left out, since it has no such style: neon." in made[0]["value"]
+    assert (
+        apart(host.process(Processing(script_args=filled(host, values))).latents, draw(host, {"weights": "clay"})) == 0
+    )
+
+
+@pytest.mark.parametrize("before", ["plain", "other"])
+def test_refresh_keeps_what_was_pasted(host, files, before):
+    """Pasted before its checkpoint is there, then the panel follows it: by name, and 0 for the other styles."""
+    told = job(host, {"weights": {"水彩, wet": 0.25, "clay": 0.75}})
+    host.load(files / f"{before}.safetensors")
+    values = pasted(host, infotexts.write(*told.params[0]))
+    host.load(files / "dmm.safetensors")
+    values = filled(host, values)
+    first = len(host.args.CONTROLS)
+    assert json.loads(values[-1]) == ["ink", "clay", "水彩, wet"] and values[first : first + 4] == [0, 0.75, 0.25, 0]
+    assert apart(told.latents, host.process(Processing(script_args=values)).latents) < 1e-5
+    assert filled(host, values) == values
+
+
+def test_refresh_keeps_styles_beyond_the_last_slider(host, monkeypatch):
+    names = tuple(f"s{i}" for i in range(1, 21))
+    codebook = host.session.checkpoint.current().codebook.__class__(names, 4)
+    book = host.styles.Book(host.session.checkpoint.current().path, codebook, ("",) * 20, True)
+    monkeypatch.setattr(host.session.checkpoint, "current", lambda *_: book)
+    first = len(host.args.CONTROLS)
+    values = filled(host, pasted(host, 'a cat\nDMM weights: "s18=0.6, s17=0.4"'))
+    shown = json.loads(values[-1])
+    assert shown == [*names[:14], "s17", "s18"]
+    assert dict(zip(shown, values[first:-1], strict=True)) == {**dict.fromkeys(shown, 0.0), "s17": 0.4, "s18": 0.6}
+    assert filled(host, values) == values
+    values[first + 14 : first + 16] = [0, 0]
+    values[first] = 1.0
+    assert json.loads(filled(host, values)[-1]) == list(names[:16])
+    assert filled(host, values)[first : first + 2] == [1.0, 0.0]
 
 
 def test_fields_that_are_sent_to_other_tabs(host):
