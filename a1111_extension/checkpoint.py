@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from modules import shared
 
@@ -10,7 +11,9 @@ from dmm_core.errors import BadInput
 
 from .styles import Book, open_book
 
-_read: dict[tuple[str, int, int], Book | str] = {}  # file, time and size → what was found; the last one alone
+Stand = tuple[str, int, int]  # a file, its time and its size
+LOADED = "dmm_loaded"  # on the webui's model: the file as it was loaded
+_read: dict[Stand, Book | str] = {}  # what was found; the last one alone
 
 
 def current_path() -> Path | None:
@@ -22,10 +25,9 @@ def current_path() -> Path | None:
     """
     from modules import sd_models
 
-    data = getattr(sd_models, "model_data", None)
-    info = (getattr(data, "forge_loading_parameters", None) or {}).get("checkpoint_info")
-    if info is None:  # ``shared.sd_model`` would load a model in A1111 and reForge
-        info = getattr(data.sd_model if data is not None else shared.sd_model, "sd_checkpoint_info", None)
+    info = (getattr(_data(), "forge_loading_parameters", None) or {}).get("checkpoint_info")
+    if info is None:
+        info = getattr(_model(), "sd_checkpoint_info", None)
     if info is None:
         try:
             info = sd_models.select_checkpoint()
@@ -35,14 +37,19 @@ def current_path() -> Path | None:
     return Path(name) if name else None
 
 
-def current() -> Book | str:
-    """That checkpoint's styles; or one line that says why there are none."""
+def current(drawing: bool = False) -> Book | str:
+    """That checkpoint's styles; or one line that says why there are none.
+
+    ``drawing``: the model that draws has its place. Before that Forge still loads a rewritten file (``renew``).
+    """
     path = current_path()
     if path is None:
         return "Off: no checkpoint is loaded yet."
     try:
-        about = path.stat()
-        key = (str(path), about.st_mtime_ns, about.st_size)
+        key = _stand(path)
+        if rewritten(key) and (drawing or not _is_forge()):
+            again = "load it again (choose another checkpoint, then this one)"
+            return f"Off: {path.name} was rewritten after it was loaded; {again}."
         if key not in _read:
             found = _open(path)
             _read.clear()
@@ -50,6 +57,56 @@ def current() -> Book | str:
         return _read[key]
     except OSError:
         return f"Off: {path.name} is gone from the disk."
+
+
+def remember(sd_model: Any) -> None:
+    """``on_model_loaded``: the file as it is now. Kept on the model, of which A1111 may hold several."""
+    name = getattr(getattr(sd_model, "sd_checkpoint_info", None), "filename", None)
+    try:
+        setattr(sd_model, LOADED, _stand(Path(name)) if name else None)
+    except OSError:
+        setattr(sd_model, LOADED, None)
+
+
+def rewritten(now: Stand) -> bool:
+    """Whether the model in memory is another state of this file. False where nobody told when it was loaded."""
+    loaded = getattr(_model(), LOADED, None)
+    return loaded is not None and loaded[0] == now[0] and loaded != now
+
+
+def renew() -> None:
+    """``before_process``: let Forge load a rewritten DMM file with this picture, as it loads a newly chosen one.
+
+    ``forge_model_reload`` (modules/sd_models.py) compares the file's name alone; ``need_global_unload`` is what
+    ``refresh_model_loading_parameters`` (modules_forge/main_entry.py) sets too: it drops the cached prompts.
+    """
+    if not _is_forge() or not isinstance(book := current(), Book) or not rewritten(_stand(book.path)):
+        return
+    from modules import processing
+
+    _data().forge_hash = ""
+    processing.need_global_unload = True
+
+
+def _stand(path: Path) -> Stand:
+    about = path.stat()
+    return str(path), about.st_mtime_ns, about.st_size
+
+
+def _data() -> Any:
+    from modules import sd_models
+
+    return getattr(sd_models, "model_data", None)
+
+
+def _model() -> Any:
+    """What is loaded; ``shared.sd_model`` would load one in A1111 and reForge."""
+    data = _data()
+    return data.sd_model if data is not None else shared.sd_model
+
+
+def _is_forge() -> bool:
+    return hasattr(_data(), "forge_hash")
 
 
 def _open(path: Path) -> Book | str:

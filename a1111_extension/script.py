@@ -6,7 +6,7 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
-from . import infotext, tag, ui, xyz
+from . import checkpoint, infotext, tag, ui, xyz
 from .hook import LIVE
 from .session import SESSION, step
 from .tab import webui
@@ -26,6 +26,7 @@ class DMMScript(scripts.Script):
 
     def before_process(self, p: Any, *values: Any) -> None:
         webui.HOST.bring_back()  # a merge may have the GPU; who draws meanwhile shares it
+        checkpoint.renew()
 
     def process(self, p: Any, *values: Any) -> None:
         """After the checkpoint is settled, before prompts are parsed."""
@@ -47,10 +48,15 @@ def _before_ui() -> None:
     xyz.register()
 
 
+def _model_loaded(sd_model: Any) -> None:
+    LIVE.hide()  # the next sampling hooks what it finds
+    checkpoint.remember(sd_model)
+
+
 def register() -> None:
     """At every (re)load of scripts: the webui has forgotten all callbacks by then (``load_scripts``)."""
     script_callbacks.on_before_ui(_before_ui)
     webui.register()
     script_callbacks.on_cfg_denoiser(step)
-    script_callbacks.on_model_loaded(lambda sd_model: LIVE.hide())  # the next sampling hooks what it finds
+    script_callbacks.on_model_loaded(_model_loaded)
     script_callbacks.on_script_unloaded(LIVE.end)

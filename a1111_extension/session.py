@@ -43,14 +43,14 @@ class Session:
         except BadInput as error:
             complain(p, str(error))
             return
-        if self._args.enabled and isinstance(book := checkpoint.current(), Book):
+        if self._args.enabled and isinstance(book := checkpoint.current(drawing=True), Book):
             with suppress(BadInput):  # ``refresh`` says it, if no tag takes the sliders' place
                 self._plan(book, self._args)
                 p.extra_generation_params.update(infotext.write(self._args, book))
 
     def tag(self, p: Any, tags: Mapping[str, float]) -> None:
         """``ExtraNetwork.activate``: each call replaces the tags of the one before; {} on runs without tags."""
-        if tags and isinstance(book := checkpoint.current(), Book):
+        if tags and isinstance(book := checkpoint.current(drawing=True), Book):
             known = {name: weight for name, weight in tags.items() if name in book.names}
             for name in tags:
                 if name not in known:
@@ -67,7 +67,7 @@ class Session:
             return
         if not args.enabled:
             args = Args()  # the tags alone
-        book = checkpoint.current()
+        book = checkpoint.current(drawing=True)
         if not isinstance(book, Book):
             complain(p, book)
             LIVE.hide()
@@ -130,7 +130,7 @@ def _with_axes(args: Args, axes: Mapping[str | int, Any]) -> Args:
     weights = axes.get("style", args.weights)
     sliders = {key: value for key, value in axes.items() if isinstance(key, int)}
     if sliders:
-        book = checkpoint.current()
+        book = checkpoint.current(drawing=True)
         if not isinstance(book, Book):
             return replace(args, enabled=True, weights=weights)
         mix = book.sliders(weights, args.names) if isinstance(weights, tuple) else book.mix(weights)

@@ -60,6 +60,7 @@ class Host:
         self.shared, self.sd_models = shared, sd_models
         self.memory = fork_memory(profile)
         if profile == "forge":
+            sd_models.model_data = sd_models.ForgesModelData()
             shared.sd_model = sd_models.model_data.sd_model = sd_models.FakeInitialModel()
         self.start()
 
@@ -119,6 +120,8 @@ class Host:
         """Latents (B, 4, 8, 8) of all images, their infotexts, and what was said."""
         args, script = p.script_args or self.values(), self.script
         script.before_process(p, *args)
+        if self.profile == "forge":
+            self.sd_models.forge_model_reload()
         script.process(p, *args)
         latents, texts = [], []
         with torch.inference_mode():

@@ -121,13 +121,54 @@ def test_plain_and_deleted_files(host, files, tmp_path):
     assert "DMM weights" not in told.params[0][1]
 
 
-def test_a_rewritten_file_is_read_again(host, files, tmp_path):
-    copy = Path(shutil.copy(files / "dmm.safetensors", tmp_path / "file.safetensors"))
+def rewrite(host, files, folder) -> Path:
+    """A file that is loaded as dmm.safetensors and has become other.safetensors since."""
+    copy = Path(shutil.copy(files / "dmm.safetensors", folder / "file.safetensors"))
     host.load(copy)
     assert "ink" in host.session.checkpoint.current().names
     shutil.copy(files / "other.safetensors", copy)
     os.utime(copy, (1, 1))
-    assert host.session.checkpoint.current().names == ("neon", "pixel")
+    return copy
+
+
+def test_a_rewritten_file_is_not_drawn_with(host, files, tmp_path):
+    """The UNet in memory and the styles on the disk are of different files: off, until it is loaded again.
+
+    Forge loads it again with the next picture.
+    """
+    host.load(files / "other.safetensors")
+    neon, plain = draw(host, {"weights": "neon"}), draw(host)
+    copy = rewrite(host, files, tmp_path)
+    if host.profile == "forge":
+        assert host.session.checkpoint.current().names == ("neon", "pixel")
+    else:
+        off = draw(host)
+        told = job(host, {"weights": "neon"})
+        sentence = "Off: file.safetensors was rewritten after it was loaded; load it again (choose another checkpoint,"
+        assert len(told.comments) == 1 and sentence in told.comments[0] and sentence in host.ui.fill("")[0]["value"]
+        assert apart(told.latents, off) == 0 and "DMM weights" not in told.params[0][1]
+        assert apart(off, plain) > 0.001
+        host.load(files / "dmm.safetensors")
+        host.load(copy)
+    told = job(host, {"weights": "neon"})
+    assert told.comments == [] and apart(told.latents, neon) == 0
+
+
+def test_forge_without_a_load_says_that_the_file_was_rewritten(host, files, tmp_path, monkeypatch):
+    """Its button for hires draws with the model that is there."""
+    if host.profile != "forge":
+        pytest.skip("the others say it in any case")
+    rewrite(host, files, tmp_path)
+    monkeypatch.setattr(host.sd_models, "forge_model_reload", lambda: None)
+    assert "was rewritten after it was loaded" in job(host, INK).comments[0]
+    assert host.sd_models.model_data.forge_hash == ""  # the next picture loads it
+
+
+def test_a_rewritten_file_where_no_load_was_told(host, files, tmp_path):
+    """The extension came after the model: it is read again."""
+    rewrite(host, files, tmp_path)
+    delattr(host.shared.sd_model, host.session.checkpoint.LOADED)
+    assert host.session.checkpoint.current(drawing=True).names == ("neon", "pixel")
 
 
 def test_grid_axes(host):

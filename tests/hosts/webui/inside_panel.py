@@ -208,7 +208,7 @@ def test_refresh_keeps_styles_beyond_the_last_slider(host, monkeypatch):
     names = tuple(f"s{i}" for i in range(1, 21))
     codebook = host.session.checkpoint.current().codebook.__class__(names, 4)
     book = host.styles.Book(host.session.checkpoint.current().path, codebook, ("",) * 20, True)
-    monkeypatch.setattr(host.session.checkpoint, "current", lambda *_: book)
+    monkeypatch.setattr(host.session.checkpoint, "current", lambda **_: book)
     first = len(host.args.CONTROLS)
     values = filled(host, pasted(host, 'a cat\nDMM weights: "s18=0.6, s17=0.4"'))
     shown = json.loads(values[-1])

@@ -24,6 +24,14 @@ class ModelData:
     sd_model = None
 
 
+class ForgesModelData(ModelData):
+    """``forge_hash``: the parameters that the model was loaded with, as text."""
+
+    def __init__(self):
+        self.forge_loading_parameters = {}
+        self.forge_hash = ""
+
+
 model_data = ModelData()
 chosen = None  # what the checkpoint dropdown says
 model_path = tempfile.mkdtemp(prefix="webui models ")  # modules/paths.py: models/Stable-diffusion
@@ -49,6 +57,13 @@ def choose(path, profile):
         return load(path, profile)
     chosen = Path(path)
     model_data.forge_loading_parameters = {"checkpoint_info": select_checkpoint()}
+
+
+def forge_model_reload():
+    """Forge, at the start of a picture: load what was chosen, if it was not loaded as it was chosen."""
+    parameters = model_data.forge_loading_parameters
+    if parameters and model_data.forge_hash != str(parameters):
+        load(parameters["checkpoint_info"].filename, "forge")
 
 
 def list_models():
@@ -105,6 +120,8 @@ def load(path, profile):
         if profile == "reforge" and old is not None and hasattr(old, "forge_objects"):
             _tear_down(old)
     shared.sd_model = model_data.sd_model = model
+    if profile == "forge":
+        model_data.forge_hash = str(model_data.forge_loading_parameters)
     script_callbacks.call("model_loaded", model)
 
 
