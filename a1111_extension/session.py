@@ -62,11 +62,11 @@ class Session:
     def refresh(self, p: Any) -> None:
         """Bring the UNet to what is asked for now: before each sampling, base or hires pass."""
         args = self._args
-        if args is None or not (args.enabled or self._tags) or not _in_pass(args, p):
+        if args is not None and not args.enabled:
+            args = Args() if self._tags else None  # the tags alone: nothing of a closed panel rules them
+        if args is None or not _in_pass(args, p):
             LIVE.hide()
             return
-        if not args.enabled:
-            args = Args()  # the tags alone
         book = checkpoint.current(drawing=True)
         if not isinstance(book, Book):
             complain(p, book)

@@ -137,6 +137,16 @@ def test_hires_passes(host):
     assert max(apart(seen[0], seen[2]), apart(seen[3], seen[5])) < 1e-5
 
 
+def test_a_closed_panel_does_not_rule_tags(host):
+    values = host.values()
+    values[host.args.CONTROLS.index("apply_to")] = "hires"
+    told = host.process(Processing("a cat<dmm:ink:1>", script_args=values))
+    assert apart(told.latents, draw(host, {"weights": "ink"})) == 0
+    values[0] = True
+    told = host.process(Processing("a cat<dmm:ink:1>", script_args=values))
+    assert apart(told.latents, draw(host)) == 0
+
+
 def test_infotext_of_warning_and_tag(host):
     told = host.process(Processing("a cat<dmm:ink:0.5><dmm:pastel:1>"))
     assert told.comments == ["DMM: <dmm:pastel>: there is no such style. The styles are: ink, clay, 水彩, wet."]
