@@ -6,6 +6,7 @@ in the picture's info and the default style, never a traceback.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,12 +24,41 @@ from .styles import Book, Plan, plan
 WARNING = "DMM warning"
 
 
+class Run:
+    """One ``process_images``. ``outer``: the run in whose midst this one is drawn, by ADetailer and its like."""
+
+    def __init__(self, p: Any, outer: Run | None) -> None:
+        self.args: Args | None = None
+        self.tags: dict[str, float] = {}
+        self.outer = outer
+        self.first = outer.image() if outer else 0  # counted from the picture that it is drawn for
+        self.batch = self.first
+        self._p = weakref.ref(p)  # p holds latents
+        self._job, self._named = _job(), bool(shared.state.job)
+
+    def is_of(self, p: Any) -> bool:
+        return self._p() is p
+
+    @property
+    def over(self) -> bool:
+        """Whether it, or its job, has ended; with an exception that is before ``postprocess`` is called."""
+        return self._p() is None or self._job != _job() or (self._named and not shared.state.job)
+
+    def image(self) -> int:
+        """The image at hand after sampling, through the whole job; ``batch_index`` in modules/processing.py."""
+        return self.batch + int(getattr(self._p(), "batch_index", 0))
+
+
+def _job() -> tuple[Any, Any]:
+    """Which job the webui is at: ``State.begin`` in modules/shared_state.py. The stamp is of seconds."""
+    return getattr(shared.state, "job_timestamp", None), getattr(shared.state, "time_start", None)
+
+
 class Session:
-    """The run in progress. There is one: the webuis draw one job at a time."""
+    """The run in progress. There is one, for the webuis draw one job at a time, and perhaps others around it."""
 
     def __init__(self) -> None:
-        self._args: Args | None = None
-        self._tags: dict[str, float] = {}
+        self._run: Run | None = None
         self._planned: tuple[Any, Plan] | None = None  # what the plan was made of, and it
 
     def begin(self, p: Any, values: Sequence[Any]) -> None:
@@ -37,34 +67,45 @@ class Session:
         What is to be shown waits for ``tag``, which the webuis call on every run, and for the sampling.
         """
         LIVE.end()
-        self._tags, self._args = {}, None
+        self._forget(p)
+        if self._run is not None and self._run.is_of(p):  # it ended in an exception, and is tried again
+            self._run = self._run.outer
+        run = self._run = Run(p, self._run)
         try:
-            self._args = _with_axes(parse(values), getattr(p, "dmm_axes", {}))
+            run.args = _with_axes(parse(values), getattr(p, "dmm_axes", {}))
         except BadInput as error:
             complain(p, str(error))
             return
-        if self._args.enabled and isinstance(book := checkpoint.current(drawing=True), Book):
+        if run.args.enabled and isinstance(book := checkpoint.current(drawing=True), Book):
             with suppress(BadInput):  # ``refresh`` says it, if no tag takes the sliders' place
-                self._plan(book, self._args)
-                p.extra_generation_params.update(infotext.write(self._args, book))
+                self._plan(book, run.args, {})
+                p.extra_generation_params.update(infotext.write(run.args, book))
+
+    def _forget(self, p: Any) -> None:
+        """A run of a job that has ended has no say in another's; p's own run goes on."""
+        if self._run is not None and self._run.over and not self._run.is_of(p):
+            self._run = None
 
     def tag(self, p: Any, tags: Mapping[str, float]) -> None:
         """``ExtraNetwork.activate``: each call replaces the tags of the one before; {} on runs without tags."""
+        self._forget(p)
         if tags and isinstance(book := checkpoint.current(drawing=True), Book):
             known = {name: weight for name, weight in tags.items() if name in book.names}
             for name in tags:
                 if name not in known:
                     complain(p, f"<dmm:{name}>: there is no such style. The styles are: {', '.join(book.names)}.")
             tags = known
-        self._tags = dict(tags)
+        if self._run is not None:
+            self._run.tags = dict(tags)
         self.refresh(p)
 
     def refresh(self, p: Any) -> None:
         """Bring the UNet to what is asked for now: before each sampling, base or hires pass."""
-        args = self._args
-        if args is not None and not args.enabled:
-            args = Args() if self._tags else None  # the tags alone: nothing of a closed panel rules them
-        if args is None or not _in_pass(args, p):
+        run = self._run
+        args = run.args if run is not None else None
+        if run is not None and args is not None and not args.enabled:
+            args = Args() if run.tags else None  # the tags alone: nothing of a closed panel rules them
+        if run is None or args is None or not _in_pass(args, p):
             LIVE.hide()
             return
         book = checkpoint.current(drawing=True)
@@ -73,30 +114,32 @@ class Session:
             LIVE.hide()
             return
         try:
-            made = self._plan(book, args)
+            made = self._plan(book, args, run.tags)
             if made.idle:
                 LIVE.hide()
             else:
+                LIVE.first_image = run.batch if run.is_of(p) else run.image()  # else: another's, for the image at hand
                 LIVE.show(shared.sd_model, made)
         except BadInput as error:
             complain(p, f"{book.path.name}: {error}")
             LIVE.hide()
 
-    def _plan(self, book: Book, args: Args) -> Plan:
-        """The plan for these args and the tags; the last one is kept, from picture to picture too."""
-        key = (args, tuple(self._tags.items()), book)
+    def _plan(self, book: Book, args: Args, tags: dict[str, float]) -> Plan:
+        """The plan for these args and tags; the last one is kept, from picture to picture too."""
+        key = (args, tuple(tags.items()), book)
         if self._planned is None or self._planned[0] != key:
-            self._planned = (key, plan(book, args, self._tags))
+            self._planned = (key, plan(book, args, tags))
         return self._planned[1]
 
     def batch(self, number: int, size: int) -> None:
         """``before_process_batch``: images are counted through the whole job."""
-        LIVE.first_image = number * size
+        if self._run is not None:
+            self._run.batch = self._run.first + number * size
 
     def end(self) -> None:
-        """``postprocess``: no hook stays behind."""
+        """``postprocess``: no hook stays behind; a run around this one goes on."""
         LIVE.end()
-        self._args, self._tags = None, {}
+        self._run = self._run.outer if self._run is not None else None
 
 
 def step(params: Any) -> None:
@@ -104,7 +147,7 @@ def step(params: Any) -> None:
     if LIVE.plan is None:
         return
     if checkpoint.current_path() != LIVE.plan.book.path:
-        LIVE.end()
+        LIVE.hide()
         return
     LIVE.ensure(shared.sd_model)
     LIVE.step(params, forks=hasattr(shared.sd_model, "forge_objects"))

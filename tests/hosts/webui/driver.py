@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,6 +42,7 @@ class Processing:
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
     comments: dict[str, int] = field(default_factory=dict)
     is_hr_pass: bool = False
+    postprocess_image: Callable[[Processing], None] | None = None  # what another extension does with each image
 
     def comment(self, text: str) -> None:
         self.comments[text] = 1
@@ -114,10 +116,29 @@ class Host:
         values[: len(args)] = args
         return values
 
+    def bare(self, p: Processing) -> torch.Tensor:
+        """Latents of a picture with ``p.scripts = None``: no script is told of it, but the extra networks are."""
+        p.prompts, data = self.networks.parse_prompts([p.prompt] * p.batch_size)
+        with torch.inference_mode():
+            self.networks.activate(p, data)
+            return self.sample(p, torch.cat([self.noise(p.seed + i) for i in range(p.batch_size)]) * 14.6, p.prompts)
+
     # ---------------------------------------------------------------- a job
 
     def process(self, p: Processing) -> SimpleNamespace:
-        """Latents (B, 4, 8, 8) of all images, their infotexts, and what was said."""
+        """Latents (B, 4, 8, 8) of all images, their infotexts, and what was said; in a job, or within the one there is.
+
+        An exception ends the job, but no script is told (modules/call_queue.py, modules/processing.py).
+        """
+        if self.shared.state.job:
+            return self.process_images(p)
+        self.shared.state.begin("task")
+        try:
+            return self.process_images(p)
+        finally:
+            self.shared.state.end()
+
+    def process_images(self, p: Processing) -> SimpleNamespace:
         args, script = p.script_args or self.values(), self.script
         script.before_process(p, *args)
         if self.profile == "forge":
@@ -141,6 +162,9 @@ class Host:
                 if p.enable_hr:
                     x = self.hires(p, args, x, hr_prompts, hr_data)
                 latents.append(x)
+                for p.batch_index in range(p.batch_size):  # noqa: B020
+                    if p.postprocess_image is not None:
+                        p.postprocess_image(p)
                 texts += [(prompt, dict(p.extra_generation_params)) for prompt in given]
             self.networks.deactivate(p, data)
         done = SimpleNamespace(latents=torch.cat(latents), params=texts, comments=list(p.comments))

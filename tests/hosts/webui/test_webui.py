@@ -14,7 +14,7 @@ from tests.hosts.webui import reference
 
 pytestmark = pytest.mark.hosts
 PROFILES = {"DMM_WEBUI_341": "a1111,reforge", "DMM_WEBUI_440": "forge"}
-INSIDE = ("inside_styles.py", "inside_life.py", "inside_panel.py", "inside_tab.py")
+INSIDE = ("inside_styles.py", "inside_life.py", "inside_nested.py", "inside_panel.py", "inside_tab.py")
 
 
 @pytest.fixture(scope="module")
