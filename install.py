@@ -6,6 +6,7 @@ Without arguments, as ComfyUI and the webuis call it, it changes nothing: infere
     python install.py --ui [ARGS]     the same with gradio, then run ``dmm ui ARGS``: all this as a web page
     python install.py --test [ARGS]   the same, then run ``pytest ARGS``
     python install.py --train         make what hosts train with: .venv-train over this Python's packages
+    python install.py --train --own-torch    the same where this Python's torch is too old: with a torch of its own
 
 A torch that this Python already has is used, not downloaded again; no package of this Python is added or changed.
 """
@@ -30,7 +31,8 @@ TRAIN = ROOT / ".venv-train"  # for hosts: over the packages of the Python that 
 FOLDER = ROOT / ".train-packages"  # the same where Python cannot make virtual environments (ComfyUI portable)
 STAMP = "dmm-install.stamp"  # in an environment: what was installed to the end
 PYTHON = (3, 10)  # as pyproject.toml says
-OLDEST_TORCH = (2, 4)  # older ones do not go with transformers
+OLDEST_TORCH = (2, 4)  # trained with nothing older; torch.amp.GradScaler is of 2.3, and diffusers 0.39 asks for 2.6
+FAILED = "pip could not install the requirements; its message is above. Is there a network?"
 EXTRAS = {"--demo": ("train",), "--ui": ("train", "ui"), "--test": ("train", "dev"), "--train": ("train",)}
 # With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
 ALWAYS_PINNED = {"diffusers", "transformers", "tokenizers", "huggingface-hub", "pytest", "ruff", "mypy"}
@@ -73,9 +75,10 @@ def host_packages() -> dict[str, str]:
     """Names and versions of what this Python has, read from the folders' names: nothing is imported."""
     found: dict[str, str] = {}
     for folder in package_folders():
-        for info in Path(folder).glob("*-*.dist-info"):
-            name, _, version = info.name[: -len(".dist-info")].partition("-")
-            found.setdefault(normal(name), version)
+        for kind in (".dist-info", ".egg-info"):  # the latter, NAME-VERSION-pyX.Y, of conda's torch
+            for info in Path(folder).glob(f"*-*{kind}"):
+                name, version = info.name.removesuffix(kind).split("-")[:2]
+                found.setdefault(normal(name), version)
     return found
 
 
@@ -106,15 +109,8 @@ def venv_python(venv: Path = VENV) -> Path:
 
 def fingerprint(torch: str | None, place: Path = VENV) -> str:
     """Changes whenever the environment must be made anew: other requirements, versions, Python, place or torch."""
-    parts = [
-        *requirements(("train", "dev"), torch),
-        constraints(torch),
-        sys.version,
-        sys.prefix,
-        str(place),
-        str(torch),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    about = constraints(torch), sys.version, sys.prefix, str(place), str(torch)
+    return hashlib.sha256("\n".join([*requirements(("train", "dev"), torch), *about]).encode()).hexdigest()
 
 
 def installed(wanted: str, place: Path = VENV) -> set[str]:
@@ -181,10 +177,6 @@ def write_limits(place: Path, torch: str | None) -> Path:
     return place / "constraints.txt"
 
 
-def failed() -> SetupError:
-    return SetupError("pip could not install the requirements; its message is above. Is there a network?", 1)
-
-
 def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
     """Bring the environment to hold these extras; returns its Python. Does nothing where it holds them already."""
     torch = host_torch()
@@ -198,25 +190,40 @@ def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
     note = f"using torch {torch} of this Python" if torch else "torch is the large part"
     say(f"installing {', '.join(extras)} requirements ({note})")
     if run(pip(venv_python(venv), write_limits(venv, torch), *requirements(extras, torch))):
-        raise failed()
+        raise SetupError(FAILED, 1)
     (venv / STAMP).write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
     return venv_python(venv)
 
 
-def prepare_training() -> None:
+def prepare_training(own_torch: bool) -> None:
     """``.venv-train``, or ``.train-packages`` where that cannot be; this Python's own packages stay as they are."""
-    torch = host_torch()
-    if torch is None:  # pip's torch for Windows has no CUDA, and for Linux is gigabytes: not without being asked
-        raise SetupError(
-            f"{sys.executable} has no torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer. "
-            "Run this with the Python of your host, e.g. python_embeded of ComfyUI portable."
-        )
     if train_environment() is None:
+        torch = host_torch()
+        if torch is None:
+            require_leave(own_torch)
         try:
             prepare(EXTRAS["--train"], TRAIN)
         except NoVenv:
+            if torch is None:
+                raise
             prepare_folder(torch)
     say("ready to train")
+
+
+def require_leave(own_torch: bool) -> None:
+    """Raises SetupError unless a torch may be downloaded: Linux's is gigabytes, and Windows' own has no CUDA."""
+    old, least = host_packages().get("torch"), ".".join(map(str, OLDEST_TORCH))
+    if own_torch:
+        if sys.platform == "win32" and not {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"} & set(os.environ):
+            raise SetupError("pip's own torch has no CUDA on Windows. Set PIP_EXTRA_INDEX_URL as pytorch.org tells.")
+        return
+    what = f"this Python's torch is {old}" if old else f"{sys.executable} has no torch"
+    way = (
+        "Set DMM_TRAIN_PYTHON to a Python that can train, update the host's torch, or let training download gigabytes "
+        f"for a torch of its own: {sys.executable} {ROOT / 'install.py'} --train --own-torch"
+    )
+    way = way if old else "Run this with the Python of your host, e.g. python_embeded of ComfyUI portable."
+    raise SetupError(f"{what}; training needs {least} or newer. {way}")
 
 
 def where() -> int:
@@ -235,11 +242,11 @@ def prepare_folder(torch: str) -> None:
     FOLDER.mkdir()
     limits, report, wanted = write_limits(FOLDER, torch), FOLDER / "lacking.json", requirements(("train",), torch)
     if run(pip(Path(sys.executable), limits, "--dry-run", "--report", str(report), *wanted)):
-        raise failed()
+        raise SetupError(FAILED, 1)
     found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     lacking = [f"{about['name']}=={about['version']}" for about in found]
     if lacking and run(pip(Path(sys.executable), limits, "--no-deps", "--target", str(FOLDER), *lacking)):
-        raise failed()
+        raise SetupError(FAILED, 1)
     (FOLDER / STAMP).write_text(f"{fingerprint(torch, FOLDER)} train", encoding="utf-8")
 
 
@@ -253,15 +260,14 @@ def start(action: str, arguments: list[str]) -> int:
     if action == "--train":
         if arguments == ["--where"]:  # for dmm_core/environment.py
             return where()
-        if arguments:
-            raise SetupError("--train takes no arguments.")
-        prepare_training()
+        if arguments not in ([], ["--own-torch"]):
+            raise SetupError("--train takes no argument but --own-torch.")
+        prepare_training(own_torch=bool(arguments))
         return 0
     python, here = str(prepare(EXTRAS[action])), {"PYTHONPATH": str(ROOT)}
     if action == "--test" and not arguments:  # all of them: a core that has done its half helps the others
         cores = str(min(4, os.cpu_count() or 1))
-        here["OMP_NUM_THREADS"] = "1"
-        return run([python, "-m", "pytest", "-n", cores, "--dist", "worksteal"], cwd=ROOT, env=here)
+        here["OMP_NUM_THREADS"], arguments = "1", ["-n", cores, "--dist", "worksteal"]
     if action == "--test":
         return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
     return run([python, "-m", "dmm_core", action.removeprefix("--"), *arguments], env=here)
@@ -275,10 +281,7 @@ def main(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return 0
-    raise SetupError(
-        f"there is no option {arguments[0]}. The options are --demo, --ui, --test and --train, each before its "
-        "arguments."
-    )
+    raise SetupError(f"there is no option {arguments[0]}. They are --demo, --ui, --test and --train, and come first.")
 
 
 if __name__ == "__main__":

@@ -216,6 +216,76 @@ def test_train_without_a_torch_downloads_none(install):
     assert caught.value.code == 2 and install.commands == []
 
 
+@pytest.fixture
+def old_host(install):
+    """A Forge's Python: the webui's torch is too old."""
+    install.host_packages = lambda: {"torch": "2.3.1+cu121", "numpy": "1.26.2"}
+    return install
+
+
+def test_train_beside_an_old_torch_says_so_and_what_to_do(old_host):
+    with pytest.raises(old_host.SetupError) as caught:
+        old_host.main(["--train"])
+    told = str(caught.value)
+    assert "this Python's torch is 2.3.1+cu121; training needs 2.4 or newer" in told and "\n" not in told
+    assert "DMM_TRAIN_PYTHON" in told and "--train --own-torch" in told and "python_embeded" not in told
+    assert caught.value.code == 2 and old_host.commands == []
+
+
+def test_own_torch_is_training_s_alone_and_made_once(old_host):
+    assert old_host.main(["--train", "--own-torch"]) == 0
+    (pip,) = pips(old_host)
+    assert pip[0] == str(old_host.venv_python(old_host.TRAIN)) and "torch" in pip
+    limits = (old_host.TRAIN / "constraints.txt").read_text(encoding="utf-8")
+    assert "torch==" in limits and "numpy==" in limits, "nothing of the host's"
+    assert not list(old_host.TRAIN.rglob("zz-host.pth"))
+    assert old_host.train_environment() == (old_host.venv_python(old_host.TRAIN), [])
+    assert old_host.main(["--train"]) == 0 and len(pips(old_host)) == 1, "the button of a host finds it"
+    old_host.host_packages = lambda: {"torch": "2.8.0"}
+    assert old_host.train_environment() is None, "the host has become good enough"
+
+
+def test_own_torch_beside_a_good_one_downloads_none(host):
+    assert host.main(["--train", "--own-torch"]) == 0
+    assert "torch" not in pips(host)[0]
+
+
+def test_own_torch_needs_a_virtual_environment(old_host):
+    old_host.codes["venv"] = 1
+    with pytest.raises(old_host.SetupError, match="cannot make a virtual environment"):
+        old_host.main(["--train", "--own-torch"])
+    assert pips(old_host) == []
+
+
+def test_own_torch_on_windows_is_not_without_cuda(old_host, monkeypatch):
+    monkeypatch.setattr(old_host.sys, "platform", "win32")
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    with pytest.raises(old_host.SetupError, match="PIP_EXTRA_INDEX_URL"):
+        old_host.main(["--train", "--own-torch"])
+    assert old_host.commands == []
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://example.org/whl")
+    assert old_host.main(["--train", "--own-torch"]) == 0
+
+
+def test_train_takes_no_other_argument(old_host):
+    with pytest.raises(old_host.SetupError, match="but --own-torch"):
+        old_host.main(["--train", "--own"])
+
+
+def test_packages_are_seen_in_both_of_their_forms(root, tmp_path, monkeypatch):
+    """conda's torch lies in an egg-info."""
+    spec = importlib.util.spec_from_file_location("install_as_it_is", root / "install.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("torch-2.5.1-py3.11.egg-info", "nvidia_cublas_cu12-12.4.5.8.dist-info", "no_version.egg-info"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(module, "package_folders", lambda: [str(tmp_path)])
+    assert module.host_packages() == {"torch": "2.5.1", "nvidia-cublas-cu12": "12.4.5.8"}
+    assert module.host_torch() == "2.5.1"
+
+
 def test_train_without_venv_puts_only_what_is_lacking_into_a_folder(host):
     host.codes["venv"] = 1
     stub = host.run
