@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def start(
         raise BadInput(
             "an unfinished merge with other settings lies here",
             work,
-            "Go back to them, take another name, or replace it.",
+            "With its own settings it is taken up. Or take another name, or replace it, and what it learnt is lost.",
         )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "job.json", json.dumps(recipe.to_dict(), indent=1).encode())
@@ -199,17 +199,23 @@ def same_merge(recipe: Recipe, work: Path) -> bool:
     """Whether what lies in the work folder, if anything, was begun with this recipe."""
     if not any(work.glob("*.safetensors")):  # neither latents nor a state
         return True
+    before = begun(work)
+    return before is not None and essence(before) == essence(json.loads(json.dumps(recipe.to_dict())))
+
+
+def begun(work: Path) -> dict[str, Any] | None:
+    """The recipe that the work in a folder was begun with, as a plain mapping; None where none can be read."""
     try:
-        before = json.loads((work / "job.json").read_text(encoding="utf-8"))
+        found = json.loads((work / "job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return essence(before) == essence(json.loads(json.dumps(recipe.to_dict())))
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result of a merge, of a recipe as a plain mapping."""
+def essence(recipe: Mapping[str, Any], free: Collection[str] = FREE) -> dict[str, Any]:
+    """What decides the result of a merge, of a recipe as a plain mapping: all but the ``free`` keys of train."""
     kept = {key: recipe.get(key) for key in ("teachers", "base", "student", "default_style", "data")}
-    bare = lambda train: {key: value for key, value in (train or {}).items() if key not in FREE}  # noqa: E731
+    bare = lambda train: {key: value for key, value in (train or {}).items() if key not in free}  # noqa: E731
     stages = [{**stage, "train": bare(stage["train"])} for stage in recipe.get("stages") or ()]
     return {**kept, "train": bare(recipe.get("train")), "stages": stages}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dmm_core import jobs
-from dmm_core.checkpoint.reader import read_header
+from dmm_core.checkpoint import open_checkpoint
+from dmm_core.checkpoint.reader import read_header, sha256
 from dmm_core.errors import BadInput
-from dmm_core.recipe import Recipe
+from dmm_core.recipe import FREE, Recipe
 
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')  # Windows refuses these; a name should work everywhere
 
@@ -55,20 +56,48 @@ def require_ours(out: Path) -> dict[str, str] | None:
     return metadata
 
 
-def finished(recipe: Recipe, metadata: Mapping[str, str]) -> bool:
-    """Whether the file at the output is this very merge: the same recipe, of files that are older."""
+def finished(recipe: Recipe, metadata: Mapping[str, str], free: Collection[str] = FREE) -> bool:
+    """Whether the file at the output is this very merge: the same recipe but for ``free``, of the same teachers.
+
+    Base and student are known by their names alone, and all files are older than the merge.
+    """
     made = recipe.out.stat().st_mtime_ns
     inputs = [teacher.path for teacher in recipe.teachers] + [p for p in (recipe.base, recipe.student) if p]
     try:
-        before = jobs.essence(json.loads(metadata["dmm.recipe"]))
+        before = jobs.essence(json.loads(metadata["dmm.recipe"]), free)
         newer = any(path.stat().st_mtime_ns > made for path in inputs)
     except (KeyError, ValueError, OSError):
         return False
-    return not newer and before == jobs.essence(json.loads(json.dumps(recipe.to_dict(names_only=True))))
+    wanted = jobs.essence(json.loads(json.dumps(recipe.to_dict(names_only=True))), free)
+    return not newer and before == wanted and _same_teachers(recipe, metadata)
 
 
-def settled(recipe: Recipe, replace: bool) -> bool:
-    """Whether the merge is made already.
+def _same_teachers(recipe: Recipe, metadata: Mapping[str, str]) -> bool:
+    """Whether the teachers have the hashes that the merge has noted. It reads them in whole, hence is asked last."""
+    try:
+        styles = json.loads(metadata["dmm.styles"])
+        noted = [style.get("sha256") for style in styles[len(styles) - len(recipe.teachers) :]]  # the new ones are last
+        return noted == [_sha256(teacher.path) for teacher in recipe.teachers]
+    except (KeyError, ValueError, AttributeError, TypeError, OSError, BadInput):
+        return False
+
+
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def _sha256(path: Path) -> str:
+    """As ``Checkpoint.sha256``, and of a LoRA; a file's is kept while it stays as it is."""
+    if path.is_dir():
+        return open_checkpoint(path).sha256()
+    about = path.stat()
+    key = (str(path), about.st_mtime_ns, about.st_size)
+    if key not in _hashes:
+        _hashes[key] = sha256(path)
+    return _hashes[key]
+
+
+def settled(recipe: Recipe, replace: bool, free: Collection[str] = FREE) -> bool:
+    """Whether the merge is made already, also where it might be replaced: ``replace`` is for other settings.
 
     Raises:
         BadInput: another file lies at the output: none of ours, or a merge that is not to be replaced.
@@ -76,7 +105,7 @@ def settled(recipe: Recipe, replace: bool) -> bool:
     metadata = require_ours(recipe.out)
     if metadata is None:
         return False
-    if finished(recipe, metadata):
+    if finished(recipe, metadata, free):
         return True
     if not replace:
         raise BadInput("is a merge with other settings", recipe.out, "Choose another name, or turn replace on.")

@@ -28,6 +28,7 @@ Device = Annotated[str, Pattern(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto, cpu, m
 # Keys of train that may change between two sittings: roundings follow at most, and mostly not even those.
 FREE = ("save_every", "device", "resident", "processes", "checkpointing", "channels_last", "compile",
         "cuda_graphs")  # fmt: skip
+PLANNED = ("resident", "micro", "checkpointing", "optimizer", "weights", "student")  # what a plan changes (trial.py)
 
 
 @dataclass(frozen=True)
