@@ -16,7 +16,7 @@ from dmm_core.export import export
 from dmm_core.files import write_atomically
 from dmm_core.follow import View
 from dmm_core.outputs import require_ours, require_style_file, settled
-from dmm_core.recipe import Recipe, recipe_from_dict
+from dmm_core.recipe import FREE, PLANNED, Recipe, recipe_from_dict, work_folder
 from dmm_core.studio import tool
 from dmm_core.studio.desk import Activity, Desk, Host, follow
 from dmm_core.studio.folders import Folders
@@ -26,6 +26,7 @@ PICTURES = (  # of an evaluation, as dmm evaluate writes them
     ("fid.png", "Distances between the pictures of each style and of each teacher: dark is near"),
     ("mix.png", "From one style to another"),
 )
+ANY_PLAN = (*FREE, *PLANNED)  # keys of train by which a merge is known again whatever its plan was
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,22 @@ class Studio:
         return self.desk.begin(f"Plans {recipe.out.stem}", work)
 
     def merge(self, wanted: Wanted) -> Activity:
-        """Begin a merge or an extension, or take it up where it was stopped. The plan comes first."""
-        recipe = self.recipe(wanted)
-        if settled(recipe, wanted.replace):
+        """Begin a merge or an extension, or take it up where it was stopped. The plan comes first.
+
+        What a plan has changed counts as this merge's own, also once the program has forgotten the plan.
+        """
+        asked = self.recipe(wanted)
+        plan = self.plans.get(_key(asked))
+        recipe = _with_train(asked, plan.get("changes") or {}) if plan else _as_begun(asked)
+        if settled(recipe, wanted.replace, FREE if plan else ANY_PLAN) and not wanted.replace:
             raise BadInput(f"{recipe.out.name} is this very merge, finished already", hint="There is nothing to do.")
-        return self._start(recipe, wanted.replace)
+        if not wanted.replace and not jobs.same_merge(recipe, work_folder(recipe)):
+            raise BadInput(
+                f"an unfinished merge {recipe.out.stem} with other settings is there",
+                hint="Resume under Unfinished merges takes it up. Or choose another name, or turn replace on, and "
+                "what it learnt is lost.",
+            )
+        return self._start(recipe, wanted.replace, plan)
 
     def unfinished(self) -> list[str]:
         """Names of merges that were stopped, and can be resumed."""
@@ -143,11 +155,9 @@ class Studio:
             self.folders.require_known(used)
         return self._start(recipe, replace=require_ours(recipe.out) is not None)
 
-    def _start(self, recipe: Recipe, replace: bool) -> Activity:
+    def _start(self, recipe: Recipe, replace: bool, found: dict[str, Any] | None = None) -> Activity:
+        """``found``: what a plan has said of it."""
         training = self.host.training()
-        found = self.plans.get(_key(recipe))
-        if found and found.get("changes"):
-            recipe = recipe_from_dict(_with_train(recipe, found["changes"]), source="merge")
         resumes = (recipe.work or Path()) / "job.json"
         title = f"{'Extends' if recipe.student else 'Merges'} {recipe.out.stem}"
 
@@ -256,6 +266,15 @@ def _key(recipe: Recipe) -> str:
     return json.dumps(recipe.to_dict(), sort_keys=True)
 
 
-def _with_train(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _with_train(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     data = recipe.to_dict()
-    return {**data, "train": {**data["train"], **changes}}
+    return recipe_from_dict({**data, "train": {**data["train"], **changes}}, source="merge")
+
+
+def _as_begun(recipe: Recipe) -> Recipe:
+    """With the changes of the plan that the unfinished merge of this name follows, if they are all that differs."""
+    begun = jobs.begun(work_folder(recipe))
+    plain = json.loads(json.dumps(recipe.to_dict()))
+    if begun is None or jobs.essence(begun, ANY_PLAN) != jobs.essence(plain, ANY_PLAN):
+        return recipe
+    return _with_train(recipe, {key: begun["train"][key] for key in PLANNED if key in begun["train"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -10,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmm_core import environment
+from dmm_core import environment, jobs
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import Reporter, build_parser, jsonable
 from dmm_core.environment import NotInstalled, Training
 from dmm_core.errors import BadInput
+from dmm_core.recipe import PLANNED, TrainSpec
+from dmm_core.student import Student
 from dmm_core.studio import tool
 from dmm_core.studio.desk import Host
 from dmm_core.studio.folders import Folders
-from dmm_core.studio.studio import Studio, Wanted
+from dmm_core.studio.studio import Studio, Wanted, _key, _with_train
 from tests.unit import tiny
 from tests.unit.studios import make_folders
 from tests.unit.test_lora_teacher import write_lora
@@ -133,6 +136,101 @@ def test_merge_extend_and_what_lies_there(studio, folders, planned_here):
     assert studio.teachers_of("more.safetensors") == (teachers, "a.safetensors")
 
 
+PLAN = {"student": "lora", "rank": 64, "micro": 1, "resident": 1}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Recipes that were started, and whether to replace; no child is."""
+    calls = []
+
+    def start(recipe, replace, *more):
+        calls.append((recipe, replace))
+        raise BadInput("not here")
+
+    monkeypatch.setattr(jobs, "start", start)
+    return calls
+
+
+def planned(studio, asked: Wanted, **changes):
+    """The recipe as a plan has changed it; this studio knows of the plan."""
+    recipe = studio.recipe(asked)
+    studio.plans[_key(recipe)] = {"changes": changes}
+    return _with_train(recipe, changes)
+
+
+def leave_unfinished(recipe) -> Path:
+    recipe.work.mkdir(parents=True)
+    (recipe.work / "job.json").write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
+    (recipe.work / "state.safetensors").write_bytes(b"x")
+    return recipe.work
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_planned_merge_is_taken_up_after_a_restart(studio, folders, started, planned_here, replace):
+    """The plan is forgotten, and its changes are no other settings: nothing is refused, and nothing thrown away."""
+    made = planned(studio, wanted(), **PLAN)
+    leave_unfinished(made)
+    again = Studio(folders, Recording())
+    again.merge(wanted(replace=replace))
+    again.desk.wait(60)
+    ((recipe, told),) = started
+    assert recipe.train == made.train and told is replace
+    assert jobs.same_merge(recipe, recipe.work), "so that jobs.start resumes it"
+
+
+def test_a_plan_of_now_counts_before_the_unfinished_one(studio, started, planned_here):
+    """Else what did not fit would be taken up for ever."""
+    leave_unfinished(studio.recipe(wanted()))
+    planned(studio, wanted(), **PLAN)
+    with pytest.raises(BadInput, match="unfinished merge mixed with other settings"):
+        studio.merge(wanted())
+    studio.merge(wanted(replace=True))
+    studio.desk.wait(60)
+    assert [recipe.train.student for recipe, _ in started] == ["lora"]
+
+
+def test_other_settings_are_told_of_resume_before_replace(studio, started):
+    work = leave_unfinished(studio.recipe(wanted()))
+    with pytest.raises(BadInput, match=r"Resume under Unfinished merges takes it up\. .*replace") as told:
+        studio.merge(wanted(steps=4))
+    assert "\n" not in str(told.value) and (work / "state.safetensors").exists() and not started
+
+
+def test_resume_goes_on_as_it_began_whatever_was_planned_since(studio, started, planned_here):
+    leave_unfinished(studio.recipe(wanted()))
+    planned(studio, wanted(), **PLAN)
+    studio.resume("mixed")
+    studio.desk.wait(60)
+    assert [recipe.train.student for recipe, _ in started] == ["full"]
+
+
+def test_a_planned_merge_is_finished_with_and_without_its_plan(studio, folders, started, planned_here):
+    made = planned(studio, wanted(), **PLAN)
+    info = [{"name": t.name, "sha256": open_checkpoint(t.path).sha256()} for t in made.teachers]
+    base = open_checkpoint(made.teachers[0].path)
+    names = tuple(teacher.name for teacher in made.teachers)
+    student = Student.start(base, base.unet(), names, None, 0)
+    student.save(made.out, base, style_info=info, title="x", recipe=made.to_dict(names_only=True))
+    for one in (studio, Studio(folders, Recording())):
+        with pytest.raises(BadInput, match="is this very merge, finished already"):
+            one.merge(wanted())
+        one.merge(wanted(replace=True))
+        one.desk.wait(60)
+    assert [replace for _, replace in started] == [True, True], "asked for, it is made anew"
+    planned(studio, wanted(), student="full")
+    with pytest.raises(BadInput, match="is a merge with other settings"):
+        studio.merge(wanted())
+
+
+def test_plans_change_no_more_than_their_list(monkeypatch):
+    from dmm_core import trial
+
+    monkeypatch.setattr(trial, "has_eight_bit", lambda: True)
+    monkeypatch.setattr(trial, "has_bf16", lambda device: True)
+    assert set(trial.candidates(TrainSpec(), 2, "cuda")[-1]) == set(PLANNED)
+
+
 @pytest.mark.slow
 def test_evaluate_with_a_lora_among_the_teachers(studio, folders, planned_here):
     write_lora(folders.loras[0] / "l.safetensors")
@@ -180,8 +278,6 @@ def test_files_that_do_not_fit_end_in_a_sentence(studio, folders, planned_here):
 
 
 def test_resume_stays_inside(studio, folders, tmp_path):
-    import json
-
     recipe = studio.recipe(wanted("evil")).to_dict()
     for key, value in (("out", str(tmp_path / "elsewhere.safetensors")), ("base", str(tmp_path / "x.safetensors"))):
         shutil.copy(folders.checkpoint("a.safetensors"), tmp_path / "x.safetensors")
