@@ -87,8 +87,15 @@ def _parse(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> Any
     return value
 
 
+def is_thumbnail(value: object) -> bool:
+    """Whether a page may show it: a picture that is in the file and small, never an address that it would fetch."""
+    return isinstance(value, str) and value.startswith("data:image/") and len(value) <= THUMBNAIL_LIMIT
+
+
 def read_styles(path: Path, metadata: Mapping[str, str], rows: int, family: str, width: int) -> list[dict[str, Any]]:
     """One entry with a ``name`` for each of the codebook's rows; without metadata the published or numbered names.
+
+    A thumbnail that is none (``is_thumbnail``) is left out.
 
     Raises:
         StyleCount, BadMetadata
@@ -103,7 +110,7 @@ def read_styles(path: Path, metadata: Mapping[str, str], rows: int, family: str,
         raise StyleCount(path, len(styles), rows)
     if len({s["name"] for s in styles}) < len(styles):
         raise BadMetadata(path, "dmm.styles", "has the same name twice")
-    return styles
+    return [{k: v for k, v in s.items() if k != "thumbnail" or is_thumbnail(v)} for s in styles]
 
 
 def read_default(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> dict[str, float]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from dmm_core.checkpoint import open_checkpoint
-from dmm_core.checkpoint.metadata import THUMBNAIL_LIMIT
+from dmm_core.checkpoint import inspect_file, open_checkpoint
+from dmm_core.checkpoint.metadata import THUMBNAIL_LIMIT, read_styles
 from dmm_core.data import Pool
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.report.thumbnails import SIDE, data_uri, shared_subject
 from dmm_core.run import prepare
 from tests.unit import tiny
+
+PIXEL = "data:image/png;base64,AA"
 
 
 def picture_of(uri: str) -> np.ndarray:
@@ -33,6 +38,30 @@ def test_fits_whatever_the_picture(size):
     assert len(uri) <= THUMBNAIL_LIMIT
     assert max(shown.shape[:2]) <= SIDE
     assert shown.shape[0] / shown.shape[1] == pytest.approx(size[0] / size[1], rel=0.05)
+
+
+@pytest.mark.parametrize("thumbnail", [
+    "http://example.org/x.png", "//example.org/x.png", "data:text/html,x", " data:image/png;base64,AA",
+    "data:image/png;base64," + "A" * THUMBNAIL_LIMIT, ["data:image/png;base64,AA"], None,
+])  # fmt: skip
+def test_of_a_file_that_came_from_elsewhere_only_pictures_are_read(tmp_path, thumbnail):
+    """Whoever shows them, an address would be fetched by the user's browser."""
+    named = [{"name": "ink", "teacher": "t", "thumbnail": thumbnail}, {"name": "clay", "thumbnail": PIXEL}]
+    read = read_styles(tmp_path, {"dmm.styles": json.dumps(named)}, 2, "sd15", 64)
+    assert read == [{"name": "ink", "teacher": "t"}, named[1]]
+
+
+def test_an_opened_file_has_no_address_for_a_picture(tmp_path):
+    path = tmp_path / "from elsewhere.safetensors"
+    info = [{"name": name, "thumbnail": "http://example.org/x.png"} for name in tiny.NAMES]
+    tiny.write_tiny_dmm(path)
+    tensors, metadata = {}, {}
+    with safe_open(str(path), "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() | {"dmm.styles": json.dumps(info)}
+    save_file(tensors, str(path), metadata)
+    assert open_checkpoint(path).style_info == [{"name": name} for name in tiny.NAMES]
+    assert "example.org" not in json.dumps(inspect_file(path)["styles"])
 
 
 def test_looks_like_the_picture():
