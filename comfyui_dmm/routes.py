@@ -19,9 +19,15 @@ def styles_of(name: str) -> dict[str, Any]:
     Raises:
         MissingFile: a name that is not listed; BadInput: a file that cannot be read or holds no styles.
     """
-    checkpoint = loading.open_dmm(loading.find(name))
+    checkpoint = loading.open_dmm(loading.find(listed(name)))
     shown = [{key: style[key] for key in ("name", "thumbnail") if key in style} for style in checkpoint.style_info]
     return {"styles": shown, "default": checkpoint.default_style}
+
+
+def listed(name: str) -> str:
+    """The name as ComfyUI lists it: on Windows with a backslash where the page has ``a/b`` of Merge Checkpoints."""
+    names = loading.choices()
+    return name if name in names else next((other for other in names if other.replace("\\", "/") == name), name)
 
 
 async def get_styles(request: web.Request) -> web.Response:

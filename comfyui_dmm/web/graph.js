@@ -36,12 +36,18 @@ function source(graph, input, depth = 0) {
   return node.inputs?.length === 1 ? source(graph, node.inputs[0], depth + 1) : node;
 }
 
+/** The file that Merge Checkpoints writes for a name, as dmm_core/outputs.py makes it, or null where it writes none. */
+function fileOf(name) {
+  const stem = String(name ?? "").trim().replaceAll("\\", "/").replace(/\.safetensors$/, "");
+  return stem ? `${stem}.safetensors` : null;
+}
+
 /** The checkpoint whose codebook reaches `node`, or null. */
 export function checkpointOf(node) {
   const loader = source(node.graph, inputOf(node, "codebook"));
   if (loader?.comfyClass !== LOADER) return null;
   const wired = source(loader.graph, inputOf(loader, "checkpoint"));
-  if (wired?.comfyClass === MERGE) return `${widgetOf(wired, "name")?.value}.safetensors`;
+  if (wired?.comfyClass === MERGE) return fileOf(widgetOf(wired, "name")?.value);
   const widget = wired ? wired.widgets?.[0] : widgetOf(loader, "checkpoint");
   return typeof widget?.value === "string" ? widget.value : null;
 }

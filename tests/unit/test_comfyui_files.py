@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+
+from dmm_core.outputs import target
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("LoadDMM", "StyleVector", "StyleMix", "StyleBatch", "ApplyStyle", "ConditioningStyle", "StyleSchedule",
@@ -66,6 +70,51 @@ def test_the_icon_is_a_square_picture():
     assert icon.tag == "{http://www.w3.org/2000/svg}svg"
     assert icon.get("width") == icon.get("height") and 0 < int(icon.get("width", "0")) <= 400
     assert not [node for node in icon.iter() for key in node.keys() if key.endswith("href")]  # noqa: SIM118
+
+
+NAMES = {
+    "my-styles": "my-styles.safetensors",
+    "my-styles.safetensors": "my-styles.safetensors",
+    "  my styles \n": "my styles.safetensors",
+    "sub\\x": "sub/x.safetensors",
+    "x.safetensors.safetensors": "x.safetensors.safetensors",
+    "": None,
+    " ": None,
+}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js on the PATH")
+def test_the_page_knows_the_file_that_a_merge_writes(tmp_path):
+    """graph.js names it as ``outputs.target`` does, so that a wired Load DMM's sliders get their names."""
+    folder = tmp_path / "extensions" / "dmm"
+    folder.mkdir(parents=True)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "package.json").write_text('{"type": "module"}', encoding="utf-8")
+    (tmp_path / "scripts" / "app.js").write_text("export const app = { graph: {} };", encoding="utf-8")
+    shutil.copy(ROOT / "comfyui_dmm" / "web" / "graph.js", folder)
+    (folder / "test.js").write_text(
+        """
+        import { checkpointOf } from "./graph.js";
+        const graph = (name) => {
+          const merge = { comfyClass: "MergeCheckpoints", inputs: [], widgets: [{ name: "name", value: name }] };
+          const loader = { comfyClass: "LoadDMM", inputs: [{ name: "checkpoint", link: 1 }], widgets: [] };
+          const mix = { inputs: [{ name: "codebook", link: 2 }] };
+          const nodes = { 1: merge, 2: loader };
+          const made = { links: { 1: { origin_id: 1 }, 2: { origin_id: 2 } }, getNodeById: (id) => nodes[id] };
+          for (const node of [merge, loader, mix]) node.graph = made;
+          return checkpointOf(mix);
+        };
+        console.log(JSON.stringify(JSON.parse(process.argv[2]).map(graph)));
+        """,
+        encoding="utf-8",
+    )
+    command = ["node", str(folder / "test.js"), json.dumps(list(NAMES))]
+    told = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout) == list(NAMES.values())
+    for name, file in NAMES.items():
+        if file:
+            assert target(name, "folder") == Path("folder", file)
 
 
 def test_all_nodes_have_texts():

@@ -35,6 +35,15 @@ def with_memory(monkeypatch) -> Iterator[Callable[[float], None]]:
     management.unload_all_models()
 
 
+def test_a_name_from_the_page_is_found_as_windows_lists_it(pack, monkeypatch):
+    """Merge Checkpoints says ``sub/x``; so does the page, which knows no more."""
+    from comfyui_dmm import routes
+
+    monkeypatch.setattr(pack.loading, "choices", lambda: ["x.safetensors", "sub\\x.safetensors"])
+    assert routes.listed("sub/x.safetensors") == routes.listed("sub\\x.safetensors") == "sub\\x.safetensors"
+    assert routes.listed("x.safetensors") == "x.safetensors" and routes.listed("../x") == "../x"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_lowvram(pack, loaded, with_memory, share):
     """Live, scheduled, baked: the same with all of the model loaded as with half of it, or nothing, in memory."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from tests.hosts.comfyui.browser import SHORT, STYLES, WORKFLOWS, put_styles, workflow
+from tests.hosts.comfyui.browser import FILE, SHORT, STYLES, WORKFLOWS, put_styles, workflow
 from tests.hosts.comfyui.harness import ROOT
 from tests.hosts.comfyui.test_nodes import apart
 
@@ -82,6 +84,27 @@ def test_a_merge_shows_its_progress_and_cancel_keeps_it(page, shoot):
     )
     shoot("merge-cancelled")
     assert (page.server.base / "user" / "dmm" / f"{name}.work" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["my-styles", " my-styles.safetensors ", "sub\\my-styles"])
+def test_the_sliders_know_a_merge_by_its_name(page, name):
+    """A Load DMM that is wired to Merge Checkpoints: the file that it writes for this name is there already."""
+    checkpoints = page.server.base / "models" / "checkpoints"
+    (checkpoints / "sub").mkdir(exist_ok=True)
+    shutil.copy(checkpoints / FILE, checkpoints / "sub")
+    page.load(ROOT / "workflows" / "dmm_2_mix_with_sliders.json")
+    page.wait_labels(STYLES)
+    load = "const load = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM'), [w] = load.widgets;"
+    page.page.evaluate(f"() => {{ {load} w.value = 'other-dmm.safetensors'; w.callback?.(w.value) }}")
+    page.wait_labels(["ink", "clay", "neon"])
+    page.page.evaluate(
+        f"""(name) => {{ {load} const merge = LiteGraph.createNode('MergeCheckpoints');
+            app.graph.add(merge);
+            merge.widgets.find(w => w.name === 'name').value = name;
+            merge.connect(0, load, load.inputs.findIndex(i => i.name === 'checkpoint')) }}""",
+        name,
+    )
+    page.wait_labels(STYLES)
 
 
 def test_bypassed_apply_style_is_the_default(server, page):
