@@ -18,6 +18,7 @@ from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.errors import BadInput
 from dmm_core.sizes import PIXELS, Size, nearest
 
+NOISY = 700  # timesteps from here on have an SNR below 0.09, and what a picture is to become is decided
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -59,15 +60,20 @@ class LatentData:
         prompts: all prompts WITHOUT the empty one, which gets the number ``len(prompts)``.
         pools: one entry, or one a teacher; several pools in an entry are of the same sizes in the same order.
         prompt_drop: share of rows whose prompt becomes the empty one (the paper's 10 %).
+        foreign: share of the noisy rows (t from ``NOISY`` on) whose clean latents are any teacher's. The noisiest x_t
+            still tell a picture's mean colour: a student that sees each style on that style's own pictures alone goes
+            by it, and draws a wrong style where the first noise happens to have another one's mean.
 
     Raises:
         BadInput: the pools' sizes differ between teachers.
     """
 
-    def __init__(self, prompts: Sequence[str], pools: Sequence[Pool | Pools], prompt_drop: float = 0.1) -> None:
+    def __init__(
+        self, prompts: Sequence[str], pools: Sequence[Pool | Pools], prompt_drop: float = 0.1, foreign: float = 0.0
+    ) -> None:
         self.prompts = (*prompts, "")
         self.pools = [(entry,) if isinstance(entry, Pool) else tuple(entry) for entry in pools]
-        self.prompt_drop = prompt_drop
+        self.prompt_drop, self.foreign = prompt_drop, foreign
         sizes = [[tuple(pool.latents.shape[-2:]) for pool in entry] for entry in self.pools if entry]
         if any(other != sizes[0] for other in sizes):
             raise BadInput(f"the teachers' latents are of different sizes: {sizes}", hint="Make them anew.")
@@ -87,15 +93,27 @@ class LatentData:
         """
         pool = self.pools[teacher % len(self.pools)][size]
         pick = torch.randint(len(pool.latents), (rows,), generator=rng)
-        x0 = pool.latents[pick].float()
+        x0, number = pool.latents[pick].float(), pool.prompt[pick]
         noise = torch.randn(x0.shape, generator=rng)
         t = torch.randint(TIMESTEPS, (rows,), generator=rng)
+        self.exchange(x0, number, t, size, rng)
         dropped = torch.rand(rows, generator=rng) < self.prompt_drop
-        prompt = torch.where(dropped, len(self.prompts) - 1, pool.prompt[pick])
+        prompt = torch.where(dropped, len(self.prompts) - 1, number)
         more = (
             (torch.randint(TIMESTEPS, (rows,), generator=rng), torch.randn(x0.shape, generator=rng)) if again else None
         )
         return Batch(teacher, add_noise(x0, noise, t), t, noise, prompt, more)
+
+    def exchange(self, x0: Tensor, number: Tensor, t: Tensor, size: int, rng: torch.Generator) -> None:
+        """Put latents of any teacher and the numbers of their prompts into a share of the noisy rows."""
+        pools = [entry[size] for entry in self.pools if entry]
+        if not self.foreign or len(pools) < 2:
+            return
+        chosen = (t >= NOISY) & (torch.rand(len(t), generator=rng) < self.foreign)
+        for row in chosen.nonzero().flatten().tolist():
+            other = pools[int(torch.randint(len(pools), (), generator=rng))]
+            pick = torch.randint(len(other.latents), (), generator=rng)
+            x0[row], number[row] = other.latents[pick].float(), other.prompt[pick]
 
 
 # ---------------------------------------------------------------- prompts

@@ -55,7 +55,7 @@ def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Noti
 
 def origin_of(recipe: Recipe) -> str:
     """All of a recipe that its latents depend on, as text."""
-    data = {key: value for key, value in plain(recipe.data, str).items() if key != "prompt_drop"}
+    data = {key: value for key, value in plain(recipe.data, str).items() if key not in ("prompt_drop", "foreign")}
     teachers = [(teacher.path.name, teacher.strength) for teacher in recipe.teachers]
     below = [path.name if path else None for path in (recipe.base, recipe.student)]
     text = recipe.data.prompts

@@ -52,7 +52,7 @@ class DataSpec:
     "teachers": latents sampled from the teachers themselves; "images": a folder with captions; "cache": a file of
     latents made earlier. ``size`` is in pixels, None lets the model decide. Several sizes of about the same area come
     of ``aspect``, the longer side's greatest ratio to the shorter one (1: squares alone), or are given as ``sizes``;
-    every step trains on one of them.
+    every step trains on one of them. ``foreign`` is the share of the noisiest rows that are of any teacher's pictures.
     """
 
     kind: Literal["teachers", "images", "cache"] = "teachers"
@@ -62,6 +62,7 @@ class DataSpec:
     steps: Count = 20
     cfg_scale: NotNegative = 5.0
     prompt_drop: Share = 0.1
+    foreign: Share = 0.0
     size: Annotated[int, Range(8)] | None = None
     sizes: tuple[Annotated[str, Pattern(r"[1-9]\d*x[1-9]\d*", "WIDTHxHEIGHT, e.g. 512x768")], ...] = ()
     aspect: Annotated[float, Range(1, 4)] = 1.0

@@ -193,7 +193,7 @@ def build(
     prompts, pools = make_data(stage, sources, teachers, notify)
     if not ranks.rank:
         ranks.wait()
-    made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop), teachers)
+    made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop, stage.data.foreign), teachers)
     if number:
         load_student(made, student_file(recipe, number - 1))
         made.steps_before = sum(earlier.train.steps for earlier in recipe.stages[:number])

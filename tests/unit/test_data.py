@@ -10,7 +10,17 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from dmm_core.data import Pool, built_in_prompts, captioned_images, encode_images, load_cache, read_prompts, save_cache
+from dmm_core.data import (
+    NOISY,
+    LatentData,
+    Pool,
+    built_in_prompts,
+    captioned_images,
+    encode_images,
+    load_cache,
+    read_prompts,
+    save_cache,
+)
 from dmm_core.diffusion import SCHEDULER, add_noise, alphas_cumprod, predict_x0
 from dmm_core.errors import BadInput
 from dmm_core.models import load_pipeline
@@ -87,6 +97,32 @@ def test_image_folder_becomes_latents_and_a_broken_picture_is_named(tmp_path):
     (folder / "y.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match=r"y\.png"):
         encode_images(pipe.vae, folder, [(8, 8)])
+
+
+def test_a_share_of_the_noisy_rows_is_of_any_teachers_pictures():
+    """Without noise the latents tell whose they are; so do their prompts."""
+    pools = [Pool(torch.full((4, 4, 8, 8), float(i)), torch.full((4,), i)) for i in range(3)]
+
+    def owners(foreign: float, pools=pools) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = LatentData(["a", "b", "c"], pools, 0.0, foreign).draw(1, 9000, torch.Generator().manual_seed(0))
+        a = alphas_cumprod()[batch.t].view(-1, 1, 1, 1)
+        x0 = ((batch.x_t - (1 - a).sqrt() * batch.noise) / a.sqrt()).mean((1, 2, 3))
+        assert torch.equal(x0.round().long(), batch.prompt)
+        noisy = batch.t >= NOISY
+        return (batch.prompt[part].bincount(minlength=3) / part.sum() for part in (noisy, ~noisy))
+
+    for foreign, mine in ((0.0, 1.0), (0.3, 0.8), (1.0, 1 / 3)):
+        noisy, rest = owners(foreign)
+        rest_of = (1 - mine) / 2
+        assert rest.tolist() == [0, 1, 0] and torch.allclose(noisy, torch.tensor([rest_of, mine, rest_of]), atol=0.03)
+    assert next(iter(owners(1.0, [(), pools[1], ()]))).tolist() == [0, 1, 0], "styles without latents have none to show"
+
+
+def test_one_pool_for_all_has_no_others():
+    data = LatentData(["a"], [Pool(torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long))], 0.1, 1.0)
+    plain = LatentData(["a"], data.pools, 0.1)
+    one, two = (d.draw(2, 5, torch.Generator().manual_seed(0)) for d in (data, plain))
+    assert torch.equal(one.x_t, two.x_t) and torch.equal(one.prompt, two.prompt)
 
 
 def test_cache_round_trip(tmp_path):
