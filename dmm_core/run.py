@@ -190,10 +190,12 @@ def build(
         check_student(student_file(recipe, number - 1), sources.names, sources.teachers)
     if ranks.rank:
         ranks.wait()
-    prompts, pools = make_data(stage, sources, teachers, notify)
+    told: list[str] = []
+    prompts, pools = make_data(stage, sources, teachers, notify, told.append)
     if not ranks.rank:
         ranks.wait()
     made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop), teachers)
+    made.warnings += told
     if number:
         load_student(made, student_file(recipe, number - 1))
         made.steps_before = sum(earlier.train.steps for earlier in recipe.stages[:number])
