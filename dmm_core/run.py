@@ -24,7 +24,7 @@ from dmm_core.latents import Notify, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
-from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
+from dmm_core.plan import DTYPES, Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
@@ -220,9 +220,7 @@ def build(
 
 def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
     spec, device = recipe.train, choose_device(recipe.train.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        choose_precision(spec.precision, device, spec.weights)
-    ]
+    dtype = DTYPES[choose_precision(spec.precision, device, spec.weights)]
     last = wants_channels_last(spec.channels_last, torch.device(device))
     return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile, sources.base.prediction_type)
 
