@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from dmm_core.errors import BadInput
+from dmm_core.errors import BadInput, one_line
 from dmm_core.history import Losses
 from dmm_core.locks import Busy, Lock
 from dmm_core.recipe import Recipe, work_folder
@@ -68,14 +68,6 @@ def run(recipe_of: Callable[[], Recipe], preview_seconds: float, force: bool = F
     except BaseException as error:
         events("failed", line=one_line(error))
         raise
-
-
-def one_line(error: BaseException) -> str:
-    """What a program's error says, fit for a user."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU's memory is not enough. Close other programs that use it, or set a smaller train.batch."
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager
@@ -131,6 +123,8 @@ def _merge(recipe: Recipe, preview_seconds: float, events: Events) -> dict[str, 
         _train(merge, asked, Previews(merge, preview_seconds, events), events)
         events("stage", what="writes the file", done=0, total=0)
         path = merge.save()
+        for warning in merge.warnings:
+            events("warning", line=warning)
     except KeyboardInterrupt:
         stop_file.unlink(missing_ok=True)
         events("stopped", step=merge.steps_done if merge else 0, resumable=unfinished(recipe))
@@ -195,7 +189,7 @@ class Previews:
             if self.preview is None or self.preview.stage != self.merge.stage:  # other prompts
                 self.preview = Preview(self.merge)
             path, caption = self.preview.draw(self.losses.points if self.losses else [])
-        except (RuntimeError, BadInput) as error:  # memory above all, or no VAE in the file
+        except (RuntimeError, MemoryError, BadInput) as error:  # memory above all, or no VAE in the file
             self.seconds = 0.0
             self.events("warning", line=f"there are no previews: {one_line(error)}")
             return

@@ -81,6 +81,7 @@ class Distillation:
         self.weights = timestep_weights(spec.snr_power)
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
+        self.warnings: list[str] = []  # of what came before the first step, which tells them
         self.step_count = self.samples_seen = 0
         self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
@@ -91,7 +92,7 @@ class Distillation:
 
     def step(self) -> StepResult:
         """One optimizer step. Where memory runs out, it is made again on the same samples, more sparingly."""
-        before, warnings = self.rng.get_state(), []
+        before, warnings, self.warnings = self.rng.get_state(), self.warnings, []
         for optimizer in self.optimizers:
             optimizer.begin(lr_factor(self.step_count, self.spec), self.step_count)
         while (tally := self.accumulate()) is None:

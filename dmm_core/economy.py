@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dmm_core.errors import BadInput
+from dmm_core.speed import side_by_side
 
 ENOUGH_ROWS = 4  # below this a GPU has too little to do: recomputing activations costs less than smaller passes
 SIGNS = ("out of memory", "can't allocate memory", "_alloc_failed", "not enough memory")
@@ -20,11 +25,56 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
+class MemoryTooSmall(BadInput):
+    """Memory does not suffice even for the least that can be done at a time."""
+
+
 def let_go(device: torch.device) -> None:
     """Give memory of what nobody holds any more back to the device; optimizers and their weights hold each other."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class Rows:
+    """Work on many rows, in chunks that are halved whenever memory runs out. Each row gets what it would have got.
+
+    Args:
+        doing, hint: what is done with one row, and what helps where memory does not suffice even for that.
+        most: rows together, once memory has run out; None until then.
+    """
+
+    def __init__(self, device: torch.device, doing: str, hint: str = "", most: int | None = None) -> None:
+        self.device, self.doing, self.hint, self.most = device, doing, hint, most
+
+    def of(self, work: Callable[[Any], Tensor], chunks: Sequence[Any]) -> Iterator[Tensor]:
+        """``work`` of every chunk, ``side_by_side``. A chunk (range, tensor) has a length and is cut by slices.
+
+        Raises:
+            MemoryTooSmall: memory runs out at one row.
+        """
+        return side_by_side(partial(self._in_pieces, work), chunks, self.device)
+
+    def _in_pieces(self, work: Callable[[Any], Tensor], chunk: Any) -> Tensor:
+        made: list[Tensor] = []
+        first = 0
+        while first < len(chunk):
+            piece = chunk[first : first + (self.most or len(chunk))]
+            try:
+                made.append(work(piece))
+                first += len(piece)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if len(piece) == 1:
+                hint = f"Close other programs that use it. {self.hint}".strip()
+                raise MemoryTooSmall(f"the device's memory is too small to {self.doing}", hint=hint)
+            self.most = min(len(piece) // 2, self.most or len(piece))
+            let_go(self.device)  # here, where the error no longer holds what was computed
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
 @dataclass
@@ -49,7 +99,7 @@ class Economy:
         """Become more sparing; returns what changed.
 
         Raises:
-            BadInput: there is nothing left to give up.
+            MemoryTooSmall: there is nothing left to give up.
         """
         before = self.rows, self.checkpointing, self.resident
         if self.splits and self.rows > ENOUGH_ROWS:
@@ -61,7 +111,7 @@ class Economy:
         elif self.splits and self.rows > 1:
             self.rows = self.rows // 2
         else:
-            raise BadInput(
+            raise MemoryTooSmall(
                 "the device's memory is too small for this training, even one row at a time",
                 hint="Use train.student: lora, train.weights: bf16, or a smaller data.size.",
             )

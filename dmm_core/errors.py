@@ -26,3 +26,13 @@ class StyleError(BadInput):
 
 class RecipeError(BadInput):
     """A recipe with an unknown key or an impossible value."""
+
+
+def one_line(error: BaseException) -> str:
+    """What any error says, fit for a user."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does without torch
+        return "the GPU's memory is not enough. Close other programs that use it."
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

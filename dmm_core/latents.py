@@ -12,23 +12,26 @@ from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.data import Pool, Pools, built_in_prompts, encode_images, load_cache, read_prompts, save_cache
+from dmm_core.economy import Rows
 from dmm_core.models import build_vae
 from dmm_core.plan import Sources
 from dmm_core.recipe import Recipe, work_folder
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.schema import plain
 from dmm_core.sizes import latent_sizes
-from dmm_core.speed import side_by_side
 from dmm_core.teachers import Teachers
 
 Notify = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+Warn = Callable[[str], None]
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """The progress callback of those who want none."""
+def silent(*told: object) -> None:
+    """The callback of those who want to hear nothing."""
 
 
-def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify) -> tuple[list[str], list[Pools]]:
+def make_data(
+    recipe: Recipe, sources: Sources, teachers: Teachers, notify: Notify, warn: Warn = silent
+) -> tuple[list[str], list[Pools]]:
     """Prompts and every teacher's latents (or one entry for all), from the cache if this recipe has made one."""
     spec = recipe.data
     if spec.kind == "cache":
@@ -46,7 +49,7 @@ def make_data(recipe: Recipe, sources: Sources, teachers: Teachers, notify: Noti
             if spec.prompts
             else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
         )
-        pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe))
+        pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe), warn=warn)
     save_cache(cache, prompts, pools, origin)
     for part in cache.parent.glob("latents-*.safetensors"):
         part.unlink()
@@ -71,16 +74,23 @@ def teacher_latents(
     notify: Notify = silent,
     chunk: int = 16,
     keep: Path | None = None,
+    warn: Warn = silent,
 ) -> list[Pools]:
     """``latents_per_teacher`` latents sampled from every teacher that will be asked, prompts and sizes in turn.
 
-    ``keep``: a folder where each teacher's are put, and found again after an interruption.
+    Args:
+        chunk: rows that are drawn together, as long as memory suffices.
+        keep: a folder where each teacher's are put, and found again after an interruption.
+
+    Raises:
+        MemoryTooSmall: one row is too much for the device.
     """
     spec = recipe.data
     sizes = latent_sizes(spec, sources.base)
     asked = range(sources.old if recipe.train.regularize == 0 else 0, len(teachers))
     count, done, total = spec.latents_per_teacher, 0, spec.latents_per_teacher * len(asked)
     teachers.embed([*prompts, ""])
+    together = Rows(teachers.device, "draw even one picture to learn from", "Use a smaller data.size.")
     pools: list[Pools] = [()] * asked.start
     for index in asked:
         kept = keep / f"latents-{index}.safetensors" if keep else None
@@ -91,27 +101,43 @@ def teacher_latents(
         number = (
             torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
         )
-        unet, nothing = teachers.unet(index), teachers.context(index, torch.tensor([len(prompts)]))
-
-        def draw(rows: range, unet=unet, nothing=nothing, index=index, number=number) -> Tensor:
-            seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + row for row in rows]
-            return sample_latents(
-                unet, teachers.context(index, number[list(rows)]), initial_noise(seeds, sizes[rows[0] % len(sizes)]),
-                steps=spec.steps, cfg_scale=spec.cfg_scale, negative=nothing, **teachers.sampling(index),
-            ).cpu()  # fmt: skip
-
         of_size = [range(first, count, len(sizes)) for first in range(len(sizes))]
         chunks = [rows[start : start + chunk] for rows in of_size for start in range(0, len(rows), chunk)]
         parts: list[list[Tensor]] = [[] for _ in sizes]
-        for rows, part in zip(chunks, side_by_side(draw, chunks, teachers.device), strict=True):
+        draw = drawing(recipe, teachers, index, number, sizes)
+        for rows, part in zip(chunks, together.of(draw, chunks), strict=True):
             parts[rows[0] % len(sizes)].append(part)
             done += len(part)
             notify("teachers draw their training data", done, total)
+        del draw  # it holds the teacher, whose place is the next one's
         pools.append(tuple(Pool(torch.cat(part), number[list(rows)])
                            for part, rows in zip(parts, of_size, strict=True)))  # fmt: skip
         if kept:
             save_cache(kept, prompts, pools[-1:], origin_of(recipe))
+    if together.most:
+        warn(f"memory ran out while teachers drew: they drew the same pictures, {together.most} at a time")
     return pools
+
+
+def drawing(
+    recipe: Recipe, teachers: Teachers, index: int, number: Tensor, sizes: Sequence[tuple[int, int]]
+) -> Callable[[range], Tensor]:
+    """What draws rows of teacher ``index``'s latents (B, 4, h, w) on the CPU, of one of the ``sizes``.
+
+    Each row has noise of its own, so that it is the same with whichever others it is drawn. ``number``: of each row's
+    prompt; the empty one comes after the last.
+    """
+    spec, unet = recipe.data, teachers.unet_alone(index)
+    nothing = teachers.context(index, torch.tensor([-1]))
+
+    def draw(rows: range) -> Tensor:
+        seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + row for row in rows]
+        return sample_latents(
+            unet, teachers.context(index, number[list(rows)]), initial_noise(seeds, sizes[rows[0] % len(sizes)]),
+            steps=spec.steps, cfg_scale=spec.cfg_scale, negative=nothing, **teachers.sampling(index),
+        ).cpu()  # fmt: skip
+
+    return draw
 
 
 def latent_size(base: Checkpoint, pixels: int | None) -> tuple[int, int]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from dmm_core import __version__
 from dmm_core.conditioning import Context, encode_prompts, predict
 from dmm_core.diffusion import TIMESTEPS, add_noise
+from dmm_core.economy import Rows
 from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
 from dmm_core.features import appeal
 from dmm_core.models import Pipeline
 from dmm_core.sample import decode, initial_noise, sample_latents
-from dmm_core.speed import side_by_side
 from dmm_core.style import lerp, one_hot
 from dmm_core.teachers import Teachers
 
@@ -59,6 +59,7 @@ class Bench:
         self.names = self.codebook.names
         self.teachers.embed([*self.prompts, ""])
         self.context = encode_prompts(self.student.text_encoders, [*self.prompts, ""])
+        self.together = Rows(self.student.device, "draw even one picture", "Or use --device cpu.")
         self.done = 0
         self.expected = self.expected or len(self.prompts) * (3 * len(self.names) + 1 + len(self.others))
 
@@ -80,13 +81,14 @@ class Bench:
         prompts, empty = context[:-1][rows], context[-1:]
         noise = initial_noise([seeds + i for i in range(len(self.prompts))], self.size)[rows]
 
-        def draw(part: slice) -> Tensor:
+        def draw(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
             return sample_latents(
                 unet, prompts[part].to(unet.device), noise[part], negative=empty.to(unet.device), style=style, **kind,
             )  # fmt: skip
 
         parts = []
-        for latents in side_by_side(draw, _chunks(len(prompts), 24), unet.device):
+        for latents in self.together.of(draw, _chunks(len(prompts), 24)):
             parts.append(latents)
             self.done += len(latents)
             self.notify(self.what, self.done, self.expected)
@@ -136,31 +138,31 @@ def probe_gap(bench: Bench, latents: Mapping[str, Tensor], seed: int = 0, repeat
         noise = torch.randn(x0.shape, generator=rng).to(x0.device)
         x_t, t = add_noise(x0, noise, t.to(x0.device)), t.to(x0.device)
         own, unet = bench.teachers.context(index, prompt), bench.teachers.unet(index)
-        wanted = _in_chunks(partial(bench.teachers.told, index, partial(predict, unet)), x_t, t, own)
+        wanted = _in_chunks(bench, partial(bench.teachers.told, index, partial(predict, unet)), x_t, t, own)
         context = bench.context[prompt]
         style = bench.codebook(bench.codebook.weights(one_hot(bench.names, name)))
         labels = style.expand(count, -1)
-        mine = _in_chunks(partial(predict, bench.student.unet), x_t, t, context, labels)
+        mine = _in_chunks(bench, partial(predict, bench.student.unet), x_t, t, context, labels)
         student_mse[name] = F.mse_loss(mine, wanted).item()
         for other, unet in {"": bench.average, **bench.others}.items():
-            plain = _in_chunks(partial(predict, unet), x_t, t, context)
+            plain = _in_chunks(bench, partial(predict, unet), x_t, t, context)
             plain_mse[other][name] = F.mse_loss(plain, wanted).item()
     average_mse = plain_mse.pop("")
     gap = score_gap(student_mse, average_mse) | {"student_mse": student_mse, "average_mse": average_mse}
     return gap | {"others": {other: score_gap(mse, average_mse)["mean"] for other, mse in plain_mse.items()}}
 
 
-def _in_chunks(ask: Callable[..., Tensor], x_t: Tensor, *more: Any) -> Tensor:
+def _in_chunks(bench: Bench, ask: Callable[..., Tensor], x_t: Tensor, *more: Any) -> Tensor:
     """What ``ask`` says of rows of all arguments, asked of few at a time."""
 
-    def rows(part: slice) -> Tensor:
-        return ask(*(each[part] for each in (x_t, *more))).float()
+    def said(rows: range) -> Tensor:
+        return ask(*(each[rows.start : rows.stop] for each in (x_t, *more))).float()
 
-    return torch.cat(list(side_by_side(rows, _chunks(len(x_t), 24), x_t.device)))
+    return torch.cat(list(bench.together.of(said, _chunks(len(x_t), 24))))
 
 
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(k, min(k + size, count)) for k in range(0, count, size)]
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(k, min(k + size, count)) for k in range(0, count, size)]
 
 
 @dataclass
@@ -228,6 +230,8 @@ def measure(
     )  # fmt: skip
     for baseline in report["baselines"]:
         baseline["gap_closed"] = of_others.get(baseline["name"])
+    if bench.average.dtype != torch.float32:
+        report["precision"] = str(bench.average.dtype).removeprefix("torch.")
     if few:  # its sampler draws another picture of the same noise
         report["same_seed"] = None
     return Measured(report)

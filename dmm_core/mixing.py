@@ -47,7 +47,7 @@ def mixing_table(
 
     def averaged(amount: float) -> torch.Tensor:
         tensors = weighted_average([first.unet, second.unet], [1 - amount, amount])
-        unet = build_unet(first.unet_config, tensors, torch.float32, first.path, styled=False)
+        unet = build_unet(first.unet_config, tensors, bench.average.dtype, first.path, styled=False)
         return bench.sample(unet.to(bench.student.device), bench.context, SEEDS_A)
 
     ends = one_hot(bench.names, pair[0]), one_hot(bench.names, pair[1])

@@ -94,16 +94,23 @@ def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def load_pipeline(
-    source: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path | Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    unet_dtype: torch.dtype | None = None,
 ) -> Pipeline:
     """Everything of one checkpoint, ready to sample. A DMM file's UNet takes style vectors.
+
+    ``unet_dtype``: of the UNet, where it differs from that of the other parts.
 
     Raises:
         BadInput: a file that cannot be read, or a part that is missing.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     codebook = checkpoint.codebook()
-    unet = build_unet(checkpoint.unet_config, checkpoint.unet(), dtype, checkpoint.path, styled=codebook is not None)
+    tensors, styled = checkpoint.unet(), codebook is not None
+    unet = build_unet(checkpoint.unet_config, tensors, unet_dtype or dtype, checkpoint.path, styled)
+    del tensors
     parts: list[nn.Module] = [unet, build_text_encoders(checkpoint, dtype), build_vae(checkpoint, dtype)]
     unet, text_encoders, vae = (part.to(device) for part in parts)
     if codebook is not None:

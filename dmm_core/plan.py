@@ -20,6 +20,7 @@ from dmm_core.room import asked, drawing, keeping, latent_bytes, most_bytes, pro
 from dmm_core.speed import has_bf16
 
 GIB = 2**30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

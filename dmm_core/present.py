@@ -42,8 +42,6 @@ def present(out: Path, measured: Measured, gallery: Bench, file: Path, before: B
 
 def average_of_pair(bench: Bench, pair: tuple[str, str], row: int) -> np.ndarray:
     """The picture (H, W, 3) of the plain average of two teachers' weights: what a mix replaces."""
-    import torch
-
     from dmm_core.models import build_unet
     from dmm_core.run import average_tensors
 
@@ -51,7 +49,7 @@ def average_of_pair(bench: Bench, pair: tuple[str, str], row: int) -> np.ndarray
     unet = build_unet(
         teachers[0].unet_config,
         average_tensors(teachers, None, teachers[0]),
-        torch.float32,
+        bench.average.dtype,
         teachers[0].path,
         styled=False,
     )

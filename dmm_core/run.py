@@ -18,13 +18,13 @@ from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.economy import let_go
-from dmm_core.errors import BadInput
+from dmm_core.errors import BadInput, one_line
 from dmm_core.fitting import same_prediction
 from dmm_core.latents import Notify, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
-from dmm_core.plan import Sources, choose_device, choose_precision, open_sources
+from dmm_core.plan import DTYPES, Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
@@ -57,6 +57,7 @@ class Merge:
     ranks: Alone = field(default_factory=Alone)  # the group that this process was launched in
     notify: Notify = silent
     stage: int = 0
+    warnings: list[str] = field(default_factory=list)  # what ``save`` had to leave out
 
     @property
     def work(self) -> Path:
@@ -126,7 +127,10 @@ class Merge:
             self.seconds += time.monotonic() - began
 
     def save(self, report: dict | None = None) -> Path:
-        """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``use_average`` comes before."""
+        """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``use_average`` comes before.
+
+        What had to be left out is in ``warnings``.
+        """
         recipe, out = self.recipe, Path(self.recipe.out)
         self.distillation.student.save(
             out, self.sources.base, style_info=self.shown_styles(), title=recipe.title or out.stem, report=report,
@@ -144,17 +148,29 @@ class Merge:
         return [*old, *({"name": name, "teacher": t.path.name, "sha256": t.sha256()} for name, t in new)]
 
     def shown_styles(self) -> list[dict[str, str]]:
-        """``style_info`` with a thumbnail for each teacher that drew latents of its own, where there is a VAE."""
-        info, entries, base = self.style_info(), self.distillation.data.pools, self.sources.base
-        if len(entries) != len(info) or base.vae_config is None:
+        """``style_info`` with a thumbnail for each teacher that drew latents of its own, where there is a VAE.
+
+        A failure, of memory above all, leaves the pictures out: the file is worth more.
+        """
+        info, entries = self.style_info(), self.distillation.data.pools
+        if len(entries) != len(info) or self.sources.base.vae_config is None:
             return info
-        vae = build_vae(base, torch.float32).to(self.distillation.teachers.device)
+        try:
+            shown = self.thumbnails()
+        except (RuntimeError, MemoryError, BadInput) as error:
+            self.warnings.append(f"the file has no pictures of its styles: {one_line(error)}")
+            return info
+        return [{"thumbnail": shown[i], **entry} if i in shown else entry for i, entry in enumerate(info)]
+
+    def thumbnails(self) -> dict[int, str]:
+        """A data URI for the number of each teacher that drew latents of its own."""
+        entries = self.distillation.data.pools
+        vae = build_vae(self.sources.base, torch.float32).to(self.distillation.teachers.device)
         drew = [number for number, entry in enumerate(entries) if entry]
         sizes = [(pool.latents.shape[-2], pool.latents.shape[-1]) for pool in entries[drew[0]]]
         pools = [entries[number][sizes.index(squarest(sizes))] for number in drew]
         pictures = of_latents(vae, [pool.latents for pool in pools], [pool.prompt for pool in pools])
-        shown = dict(zip(drew, pictures, strict=True))
-        return [{"thumbnail": shown[i], **entry} if i in shown else entry for i, entry in enumerate(info)]
+        return dict(zip(drew, pictures, strict=True))
 
 
 def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks: Alone | None = None) -> Merge:
@@ -190,10 +206,12 @@ def build(
         check_student(student_file(recipe, number - 1), sources.names, sources.teachers)
     if ranks.rank:
         ranks.wait()
-    prompts, pools = make_data(stage, sources, teachers, notify)
+    told: list[str] = []
+    prompts, pools = make_data(stage, sources, teachers, notify, told.append)
     if not ranks.rank:
         ranks.wait()
     made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop, stage.data.foreign), teachers)
+    made.warnings += told
     if number:
         load_student(made, student_file(recipe, number - 1))
         made.steps_before = sum(earlier.train.steps for earlier in recipe.stages[:number])
@@ -202,9 +220,7 @@ def build(
 
 def load_teachers(recipe: Recipe, sources: Sources) -> Teachers:
     spec, device = recipe.train, choose_device(recipe.train.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        choose_precision(spec.precision, device, spec.weights)
-    ]
+    dtype = DTYPES[choose_precision(spec.precision, device, spec.weights)]
     last = wants_channels_last(spec.channels_last, torch.device(device))
     return Teachers(sources.teachers, device, dtype, spec.resident, last, spec.compile, sources.base.prediction_type)
 

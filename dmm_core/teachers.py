@@ -12,11 +12,14 @@ from torch import Tensor
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.conditioning import Context, encode_prompts
 from dmm_core.diffusion import to_epsilon, zero_snr_times
+from dmm_core.economy import let_go
 from dmm_core.extension import StyleTeacher
 from dmm_core.models import build_text_encoders, build_unet
 from dmm_core.residency import HostStore, Slot, host_store
 from dmm_core.speed import quicken, to_device
 from dmm_core.student import TIME_BIAS
+
+ALL_STAY = ("cpu",)  # kinds of device with the host's own memory, where teachers that wait take no room from the work
 
 
 class Teachers:
@@ -73,6 +76,27 @@ class Teachers:
             self._bring(index)
         self._unets.move_to_end(index)
         return self._unets[index].take()
+
+    def unet_alone(self, index: int) -> Any:
+        """As ``unet``, with no other teacher on a GPU beside it; the others come back when they are asked."""
+        places = self.resident
+        if self.device.type in ALL_STAY or (index in self._unets and len(self._unets) == 1):
+            return self.unet(index)
+        if places >= len(self):  # their weights come from the files, in modules of their own
+            for other in [i for i in self._unets if i != index and not self._share(i, index)]:
+                del self._unets[other]
+        else:  # the weights of the one that stays are overwritten
+            self.keep(1, self._pool is not None)
+        let_go(self.device)
+        try:
+            return self.unet(index)
+        finally:
+            self.resident = places
+
+    def _share(self, one: int, other: int) -> bool:
+        """Whether two teachers are styles of one file, which have all but the style in common."""
+        a, b = self.checkpoints[one], self.checkpoints[other]
+        return isinstance(a, StyleTeacher) and isinstance(b, StyleTeacher) and a.path == b.path
 
     def _bring(self, index: int) -> None:
         """Begin to bring a teacher to the device, in the place of the least recently used one if all are taken."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dmm_core.checkpoint import open_checkpoint
-from dmm_core.economy import is_out_of_memory
+from dmm_core.economy import MemoryTooSmall, Rows, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import has_eight_bit
@@ -65,6 +66,8 @@ def _child(recipe: Recipe, answer: Any) -> None:
 
     try:
         answer.send(run_trial(recipe))
+    except MemoryTooSmall:
+        answer.send(None)
     except BadInput as error:
         answer.send(BadInput(error.what, error.path, error.hint))
     except Exception as error:
@@ -83,6 +86,8 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
     first = torch.tensor([0])
     encoders = {tuple(teachers.context(i, first).tokens.flatten().tolist()) for i in range(len(teachers))}
     denoising = seconds_per_denoising(recipe, teachers, size) if recipe.data.kind == "teachers" else 0.0
+    for index in range(min(teachers.resident, len(teachers))):  # all that stay, whomever the first steps ask
+        teachers.unet(index)
     pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))
     run = ready(recipe, sources, LatentData(["a picture"], [pool], recipe.data.prompt_drop), teachers)
     times = []
@@ -98,30 +103,32 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
 
 
 def seconds_per_denoising(recipe: Recipe, teachers: Teachers, size: Size) -> float:
-    """Of one step of the sampler for up to 16 latents, once the teachers are there that may stay.
+    """Of one step of the sampler for up to 16 latents, drawn as ``latents.teacher_latents`` does.
 
-    A teacher's first step is not timed: it reads a checkpoint and finds its kernels, once in hundreds of steps.
+    The first step is not timed: it reads a checkpoint, finds its kernels and how many rows the memory has room for.
+    Since drawing makes do with what memory there is, its peak is not counted.
     """
     from dmm_core.sample import initial_noise, sample_latents
 
     count = min(SAMPLED, recipe.data.latents_per_teacher)
-    rows = torch.zeros(count, dtype=torch.long)
+    unet, together = teachers.unet_alone(0), Rows(teachers.device, "draw even one picture to learn from")
 
-    def draw(index: int) -> None:
-        sample_latents(
-            teachers.unet(index), teachers.context(index, rows), initial_noise(list(range(count)), size), steps=1,
-            cfg_scale=recipe.data.cfg_scale, negative=teachers.context(index, torch.tensor([1])),
-            **teachers.sampling(index),
+    def draw(rows: range) -> Tensor:
+        prompts, nothing = torch.zeros(len(rows), dtype=torch.long), torch.tensor([1])
+        return sample_latents(
+            unet, teachers.context(0, prompts), initial_noise(rows, size), steps=1, cfg_scale=recipe.data.cfg_scale,
+            negative=teachers.context(0, nothing), **teachers.sampling(0),
         ).cpu()  # fmt: skip
 
-    last = len(teachers) - 1 if teachers.resident >= len(teachers) else 0
-    for index in range(last + 1):
-        draw(index)
+    list(together.of(draw, [range(count)]))
     times: list[float] = []
     while not times or (len(times) < 3 and sum(times) < 1):  # small models' times vary, and cost little
         began = time.monotonic()
-        draw(last)
+        list(together.of(draw, [range(count)]))
         times.append(time.monotonic() - began)
+    let_go(teachers.device)
+    if teachers.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     return min(times)
 
 

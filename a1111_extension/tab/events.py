@@ -9,8 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from dmm_core.child import one_line
-from dmm_core.errors import BadInput
+from dmm_core.errors import BadInput, one_line
 
 MAJOR = int(gr.__version__.partition(".")[0])
 # in javascript/dmm_tab.js

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     file = merge.save(
         {key: measured.report[key] for key in ("ratio", "gap_closed", "extractor", "samples_seen", "commit")}
     )
+    for warning in merge.warnings:
+        report.note(f"note: {warning}")
     gallery = replace(bench, prompts=demo.shown_prompts(), what="draws pictures to show", expected=0)
     paths = present(out, measured, gallery, file)
     for line in headline(measured.report):

@@ -67,6 +67,8 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
     merge = train(recipe, args.resume, report, again, ranks)
     merge.distillation.use_average()
     path = merge.save() if ranks.rank == 0 else Path(recipe.out)
+    for warning in merge.warnings:
+        report.note(f"note: {warning}")
     ranks.wait()
     done = merge.distillation
     report.out(f"{path}: {len(done.student.codebook)} styles, {done.samples_seen} samples in {merge.seconds:.0f} s")

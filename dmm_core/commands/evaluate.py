@@ -106,12 +106,10 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
 
 def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     """The file beside its teachers; with ``--before``, an earlier student may stand for the teachers it had."""
-    import torch
-
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.data import built_in_prompts, read_prompts
     from dmm_core.extension import style_teachers
-    from dmm_core.fitting import must_fit, same_prediction
+    from dmm_core.fitting import must_fit
     from dmm_core.latents import latent_size
     from dmm_core.measure import Bench
     from dmm_core.models import build_unet, load_pipeline
@@ -138,16 +136,41 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
     prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts(args.images, seed=2**20)
     prompts = [prompts[i % len(prompts)] for i in range(args.images)]
     device = choose_device(args.device)
+    dtype, resident = sparing(device)
     small = checkpoint.unet_config["block_out_channels"][0] < 128
     average = build_unet(
         checkpoint.unet_config,
         average_tensors(teachers, None, checkpoint),
-        torch.float32,
+        dtype,
         checkpoint.path,
         styled=False,
     )
-    others = {}
-    for path in args.beside:
+    others = others_of(args.beside, checkpoint, device, dtype)
+    beside = Teachers(teachers, device, dtype, resident, prediction_type=checkpoint.prediction_type)
+    cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
+    student, size = load_pipeline(checkpoint, device, unet_dtype=dtype), latent_size(checkpoint, None)
+    return Bench(
+        student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps, others=others
+    )
+
+
+def sparing(device: str) -> tuple[Any, int | None]:
+    """UNets' type and how many teachers stay on the device: its own precision and one, but on a CPU float32 and all."""
+    from dmm_core.plan import DTYPES, choose_precision
+
+    if device.startswith("cpu"):
+        return DTYPES["fp32"], None
+    return DTYPES[choose_precision("auto", device)], 1
+
+
+def others_of(paths: list[str], checkpoint: Any, device: str, dtype: Any) -> dict[str, Any]:
+    """The UNets of ``--beside`` by their files' names."""
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.fitting import must_fit, same_prediction
+    from dmm_core.models import build_unet
+
+    others: dict[str, Any] = {}
+    for path in paths:
         other = open_checkpoint(path)
         must_fit(checkpoint, other)
         if not same_prediction(checkpoint, other):
@@ -155,13 +178,8 @@ def bench_of(args: argparse.Namespace, teachers: list, notify: Any) -> Any:
                 f"does not predict what {checkpoint.path.name} does, and cannot be set beside it", other.path
             )
         name = other.path.stem if other.path.stem not in others else str(other.path)
-        others[name] = build_unet(other.unet_config, other.unet(), torch.float32, other.path, styled=False).to(device)
-    beside = Teachers(teachers, device, prediction_type=checkpoint.prediction_type)
-    cfg = args.cfg if args.cfg is not None else (2.0 if small else 7.0)
-    student, size = load_pipeline(checkpoint, device), latent_size(checkpoint, None)
-    return Bench(
-        student, beside, average.to(device), prompts, size, args.steps, cfg, notify, few=args.few_steps, others=others
-    )
+        others[name] = build_unet(other.unet_config, other.unet(), dtype, other.path, styled=False).to(device)
+    return others
 
 
 def pairs_of(given: list[list[str]], names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -176,9 +194,8 @@ def earlier_bench(bench: Any, path: str) -> Any:
     """The same bench with the student that a file holds."""
     from dmm_core.models import load_pipeline
 
-    return replace(
-        bench, student=load_pipeline(path, bench.student.device), what="draws what was before", expected=0, others={}
-    )
+    student = load_pipeline(path, bench.student.device, unet_dtype=bench.student.unet.dtype)
+    return replace(bench, student=student, what="draws what was before", expected=0, others={})
 
 
 class Notifier:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dmm_core import environment, jobs
-from dmm_core.child import one_line
 from dmm_core.environment import Training
-from dmm_core.errors import BadInput
+from dmm_core.errors import BadInput, one_line
 from dmm_core.follow import SAVES_WITHIN, View, require_done
 from dmm_core.studio.tool import Stopped
 
