@@ -206,6 +206,8 @@ def main() -> None:
     ways = [way for way in args.ways if way != "mecha" or find_spec("sd_mecha")]
     if ways != args.ways:
         print("sd-mecha is not installed here and is left out (pip install sd-mecha)", file=sys.stderr)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         make_all = [sys.executable, str(Path(__file__).resolve()), "--run", "make", "--folder", name]
