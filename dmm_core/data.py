@@ -18,7 +18,7 @@ from dmm_core.diffusion import TIMESTEPS, add_noise
 from dmm_core.errors import BadInput
 from dmm_core.sizes import PIXELS, Size, nearest
 
-NOISY = 700  # timesteps from here on have an SNR below 0.09, and what a picture is to become is decided
+NOISY = 350  # from this timestep on x_t is noisy enough to leave open which style a picture is to have
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -60,9 +60,9 @@ class LatentData:
         prompts: all prompts WITHOUT the empty one, which gets the number ``len(prompts)``.
         pools: one entry, or one a teacher; several pools in an entry are of the same sizes in the same order.
         prompt_drop: share of rows whose prompt becomes the empty one (the paper's 10 %).
-        foreign: share of the noisy rows (t from ``NOISY`` on) whose clean latents are any teacher's. The noisiest x_t
-            still tell a picture's mean colour: a student that sees each style on that style's own pictures alone goes
-            by it, and draws a wrong style where the first noise happens to have another one's mean.
+        foreign: share of the noisy rows (t from ``NOISY`` on) whose clean latents are any teacher's. A student that
+            sees each style on that style's own pictures alone takes the style of x_t for what is wanted: where the
+            teacher itself starts in another look and leaves it on the way, such a student does not follow.
 
     Raises:
         BadInput: the pools' sizes differ between teachers.

@@ -52,7 +52,7 @@ class DataSpec:
     "teachers": latents sampled from the teachers themselves; "images": a folder with captions; "cache": a file of
     latents made earlier. ``size`` is in pixels, None lets the model decide. Several sizes of about the same area come
     of ``aspect``, the longer side's greatest ratio to the shorter one (1: squares alone), or are given as ``sizes``;
-    every step trains on one of them. ``foreign`` is the share of the noisiest rows that are of any teacher's pictures.
+    every step trains on one of them. ``foreign`` is the share of the noisier rows that are of any teacher's pictures.
     """
 
     kind: Literal["teachers", "images", "cache"] = "teachers"
