@@ -41,6 +41,16 @@ def predict_x0(x_t: Tensor, prediction: Tensor, t: Tensor, prediction_type: str 
     return (x_t - (1 - a).sqrt() * prediction) / a.sqrt()
 
 
+def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """x at the timesteps ``to`` (B,) on the straight way from x_t (B, C, H, W): DDIM (arXiv:2010.02502) Eq. 12, σ = 0.
+
+    Timesteps below 0 are those of clean latents, where ᾱ is 1.
+    """
+    table = alphas_cumprod(x_t.device)
+    a, b = (torch.where(at < 0, 1.0, table[at.clamp(min=0)]).view(-1, 1, 1, 1) for at in (t, to))
+    return b.sqrt() * (x_t - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+
+
 @lru_cache(maxsize=1)
 def zero_snr_alphas_cumprod() -> Tensor:
     """ᾱ'_t of the schedule that ends in pure noise, float64 (1000,): √ᾱ moved and stretched (arXiv:2305.08891)."""

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
-from dmm_core.fewstep import consistency_loss, guided
+from dmm_core.fewstep import INSIDE, path_end, path_loss
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
 from dmm_core.optim import StudentOptimizer
 from dmm_core.ranks import Alone
@@ -38,10 +37,10 @@ from dmm_core.teachers import Teachers
 
 @dataclass(frozen=True)
 class Target:
-    """A batch and what its teacher said of it."""
+    """A batch and what its teacher said of it; for few steps, where its path ends."""
 
     batch: Batch
-    eps: Tensor
+    said: Tensor
     features: list[Tensor]
 
 
@@ -122,7 +121,9 @@ class Distillation:
             optimizer.zero_grad()
         parts = list(self.parts(self.ranks.mine(batches)))
         later = self.ranks.mine(self.turn(self.step_count + 1))
-        self.teachers.expect([*(batch.teacher for part in parts for batch in part), *later])
+        times = INSIDE if self.spec.few_step else 1
+        order = [*(batch.teacher for part in parts for batch in part), *later]
+        self.teachers.expect([teacher for teacher in order for _ in range(times)])
         failed = False
         try:
             for part in parts:
@@ -138,7 +139,7 @@ class Distillation:
         x_t, t = to_device((batch.x_t, batch.t), self.device)
         if self.spec.few_step:
             nothing = len(self.data.prompts) - 1
-            return Target(batch, guided(self.teachers, batch, x_t, t, nothing, self.spec.few_step), [])
+            return Target(batch, path_end(self.teachers, batch, x_t, t, nothing, self.spec.few_step), [])
         eps, features = self.teachers.predict(batch.teacher, x_t, t, batch.prompt, features=self.spec.feature > 0)
         return Target(batch, eps, features)
 
@@ -155,11 +156,9 @@ class Distillation:
         context = self.context[prompt].map(lambda part: to_device((part,), self.device)[0])
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
-        wanted = torch.cat([target.eps for target in targets])
+        wanted = torch.cat([target.said for target in targets])
         if self.spec.few_step:
-            with self.autocast():
-                ask = partial(self.student.forward, context=context, weights=styles)
-                score = consistency_loss(ask, x_t, t, eps, wanted, self.teachers.prediction_type)
+            score = path_loss(eps, wanted, x_t, t, self.teachers.prediction_type)
         else:
             score = score_loss(eps, wanted)
         loss = self.spec.score * score * weights

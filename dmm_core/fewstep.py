@@ -1,23 +1,23 @@
-"""Sampling in 4 to 8 steps: latent consistency distillation, all styles at once. LCM (arXiv:2310.04378) §4.
+"""Sampling in 4 to 8 steps, all styles at once: progressive distillation (arXiv:2202.00512) in one go.
 
-A teacher's guided path leads from x_t one solver step towards its end, to x_{t-20}. From both points the student is to
-say the same clean latents, so that it learns to say the path's end at once. The guidance becomes its own: it is sampled
-without.
+A teacher's guided path leads from x_t on in short steps. One long step of the student is to end where several of those
+do. The guidance becomes its own: it is sampled without, by DDIM, which hosts call Euler. The path is the same that an
+ordinary sampler follows, and so a picture stays what it was with its seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dmm_core.data import Batch
-from dmm_core.diffusion import add_noise, predict_x0, to_epsilon
+from dmm_core.diffusion import TIMESTEPS, ddim_step, to_epsilon
 from dmm_core.teachers import Teachers
 
-SKIP = 20  # timesteps of a solver step: LCM's k
-SOFT = 1e-3  # where the distance goes over from squares to absolute values
+STRIDE = TIMESTEPS // 4  # timesteps of the student's step: with four of them it is at the end
+INSIDE = 4  # steps of the teacher within it
 
 
 def guided(teachers: Teachers, batch: Batch, x_t: Tensor, t: Tensor, nothing: int, scale: float) -> Tensor:
@@ -33,20 +33,26 @@ def guided(teachers: Teachers, batch: Batch, x_t: Tensor, t: Tensor, nothing: in
     return uncond + scale * (cond - uncond)
 
 
-def consistency_loss(
-    ask: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, mine: Tensor, theirs: Tensor, prediction_type: str
-) -> Tensor:
-    """Distance between the clean latents that the student says at x_t and one step further on the teacher's path: (B,).
+def stops(t: Tensor) -> Iterator[Tensor]:
+    """The timesteps (B,) at which a teacher's steps from t (B,) end. Below 0 are the clean latents."""
+    span = (t + 1).clamp(max=STRIDE)
+    return (t - span * done // INSIDE for done in range(1, INSIDE + 1))
 
-    Args:
-        ask: the student, of latents (B, 4, h, w) and timesteps (B,).
-        mine, theirs: what student and teacher predict at x_t.
+
+def path_end(teachers: Teachers, batch: Batch, x_t: Tensor, t: Tensor, nothing: int, scale: float) -> Tensor:
+    """Where a batch's teacher arrives from x_t within the student's step: (B, 4, h, w). Asks it ``INSIDE`` times."""
+    for stop in stops(t):
+        said = guided(teachers, batch, x_t, t.clamp(min=0), nothing, scale)
+        x_t = ddim_step(x_t, to_epsilon(said, x_t, t.clamp(min=0), teachers.prediction_type), t, stop)
+        t = stop
+    return x_t
+
+
+def path_loss(prediction: Tensor, wanted: Tensor, x_t: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+    """Mean squared distance between where the student's step from x_t leads and ``path_end``: (B,).
+
+    ``prediction``: what the student says of x_t (B, 4, h, w) at t (B,).
     """
-    clean, noise = predict_x0(x_t, theirs, t, prediction_type), to_epsilon(theirs, x_t, t, prediction_type)
-    at_end, before = (t < SKIP).view(-1, 1, 1, 1), (t - SKIP).clamp(min=0)
-    x_before = add_noise(clean, noise, before)
-    with torch.no_grad():
-        said = predict_x0(x_before, ask(x_before, before).float(), before, prediction_type)
-    wanted = torch.where(at_end, clean, said)
-    apart = predict_x0(x_t, mine.float(), t, prediction_type) - wanted
-    return ((apart.square() + SOFT**2).sqrt() - SOFT).flatten(1).mean(1)
+    *_, end = stops(t)
+    reached = ddim_step(x_t, to_epsilon(prediction.float(), x_t, t, prediction_type), t, end)
+    return (reached - wanted).square().flatten(1).mean(1)

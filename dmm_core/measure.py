@@ -225,15 +225,13 @@ def measure(
         evaluation, gap=gap, seconds=round(time.monotonic() - began, 1),
         samples_seen=samples_seen, device=device_name(bench.student.device), commit=commit(),
         sampler={"name": "DPM-Solver++ 2M", "steps": bench.steps, "cfg_scale": bench.cfg_scale}
-        | ({"student": f"LCM in {bench.few} steps without guidance"} if few else {}),
+        | ({"student": f"Euler in {bench.few} steps without guidance"} if few else {}),
         **more,
     )  # fmt: skip
     for baseline in report["baselines"]:
         baseline["gap_closed"] = of_others.get(baseline["name"])
     if bench.average.dtype != torch.float32:
         report["precision"] = str(bench.average.dtype).removeprefix("torch.")
-    if few:  # its sampler draws another picture of the same noise
-        report["same_seed"] = None
     return Measured(report)
 
 

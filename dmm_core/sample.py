@@ -1,7 +1,6 @@
 """Pictures without a host: DPM-Solver++ (2M) with classifier-free guidance, one style vector a row.
 
-Students made for few steps (``fewstep.py``) are sampled as LCM does: each step says the clean latents, which are noised
-again for the next one.
+Students made for few steps (``fewstep.py``) are sampled by DDIM, which hosts call Euler.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ def sample_latents(
         context: embeddings of B prompts.
         negative: embedding of the one negative prompt; needed where ``cfg_scale`` is not 1.
         style: style vectors (B, d) or (d,) for a UNet that takes them; both halves of CFG get the same.
-        few_step: for a student of such steps; its further noise follows from each row's first.
+        few_step: for a student of such steps.
     """
     scheduler = scheduler_of(steps, prediction_type, zero_snr, few_step)
-    more = {"generator": [torch.Generator().manual_seed(_seed(row)) for row in noise]} if few_step else {}
     guided = cfg_scale != 1.0
     if guided:
         if negative is None:
@@ -64,28 +62,25 @@ def sample_latents(
         if guided:
             cond, uncond = eps.chunk(2)
             eps = uncond + cfg_scale * (cond - uncond)
-        x = scheduler.step(eps, t, x, return_dict=False, **more)[0]
+        x = scheduler.step(eps, t, x, return_dict=False)[0]
     return x
 
 
 def scheduler_of(steps: int, prediction_type: str, zero_snr: bool, few_step: bool) -> Any:
     """diffusers' scheduler, set to this many steps."""
     with importing():
-        from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if few_step:
-        scheduler = LCMScheduler(**SCHEDULER, prediction_type=prediction_type, set_alpha_to_one=False)
+        scheduler = DDIMScheduler(
+            **SCHEDULER, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False
+        )
     else:
         scheduler = DPMSolverMultistepScheduler(
             **SCHEDULER, prediction_type=prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=zero_snr
         )
     scheduler.set_timesteps(steps)
     return scheduler
-
-
-def _seed(noise: Tensor) -> int:
-    """A seed that depends on a row's first noise alone, so that pictures do not depend on each other."""
-    return int(noise.detach().cpu().float().flatten()[:2].view(torch.int64)) & 0x7FFFFFFF
 
 
 def sample(

@@ -12,9 +12,10 @@ import torch
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import main
 from dmm_core.commands import distill
+from dmm_core.data import Batch
 from dmm_core.diffusion import TIMESTEPS, add_noise, alphas_cumprod
 from dmm_core.errors import RecipeError
-from dmm_core.fewstep import SKIP, consistency_loss, guided
+from dmm_core.fewstep import INSIDE, STRIDE, guided, path_end, path_loss, stops
 from dmm_core.models import load_pipeline
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.run import prepare
@@ -37,38 +38,63 @@ def towards(point: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Te
 def noised(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     point, noise = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(4, 4, 8, 8, generator=rng)
-    t = torch.tensor([5, SKIP, 500, TIMESTEPS - 1])
+    t = torch.tensor([0, STRIDE - 1, STRIDE, TIMESTEPS - 1])
     return point, add_noise(point.expand(4, -1, -1, -1), noise, t), t
 
 
-def test_no_loss_where_every_step_leads_to_the_same_end():
-    """A teacher whose path is straight, and a student that says its end from everywhere."""
+class Teaching:
+    """A teacher whose predictions are known; it counts how often it is asked, and when."""
+
+    prediction_type = "epsilon"
+
+    def __init__(self, say):
+        self.say, self.asked = say, []
+
+    def predict(self, teacher, x_t, t, prompt):
+        self.asked.append(t.tolist())
+        return self.say(x_t, t), []
+
+
+def end_of(teacher: Teaching, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    batch = Batch(0, x_t, t, torch.zeros_like(x_t), torch.zeros(len(t), dtype=torch.long))
+    return path_end(teacher, batch, x_t, t, 1, 1.0)
+
+
+def test_four_steps_lead_to_the_clean_latents():
+    t = torch.tensor([TIMESTEPS - 1])
+    for expected in (749, 499, 249, -1):
+        *_, t = stops(t)
+        assert t.item() == expected
+    assert torch.stack(list(stops(torch.tensor([0, 3, 999]))), 1).tolist() == [
+        [0, 0, 0, -1], [2, 1, 0, -1], [937, 874, 812, 749],
+    ]  # fmt: skip
+
+
+def test_no_loss_on_a_straight_path():
+    """A teacher that says one point from everywhere arrives where one step of the same prediction does."""
     point, x_t, t = noised()
-    eps = towards(point, x_t, t)
-    loss = consistency_loss(lambda x, at: towards(point, x, at), x_t, t, eps, eps, "epsilon")
-    assert loss.shape == (4,) and loss.max() < 1e-4
+    teacher = Teaching(lambda x, at: towards(point, x, at))
+    end = end_of(teacher, x_t, t)
+    assert torch.allclose(end[:2], point.expand(2, -1, -1, -1), atol=1e-4), "from below the stride the path ends clean"
+    assert torch.allclose(end[2:], add_noise(point.expand(2, -1, -1, -1), towards(point, x_t, t)[2:], t[2:] - STRIDE),
+                          atol=1e-3)  # fmt: skip
+    assert path_loss(towards(point, x_t, t), end, x_t, t, "epsilon").max() < 1e-6
+    assert len(teacher.asked) == INSIDE and [at[-1] for at in teacher.asked] == [999, 937, 874, 812]
 
 
-def test_the_loss_is_the_distance_to_what_is_said_one_step_further():
-    """At x_{t-20} the student says another point; below 20 the teacher's own end counts."""
+def test_the_loss_is_the_distance_between_the_ends():
+    """Where the path bends, the student is to say what leads to its end; v and ε alike."""
     point, x_t, t = noised()
-    eps = towards(point, x_t, t)
-    loss = consistency_loss(lambda x, at: towards(point + 0.3, x, at), x_t, t, eps, eps, "epsilon")
-    assert torch.allclose(loss[1:], torch.full((3,), 0.3), atol=2e-3) and loss[0] < 1e-4
-
-
-def test_the_student_is_asked_on_the_teachers_path_without_gradient():
-    point, x_t, t = noised()
-    eps, asked = towards(point, x_t, t), []
-
-    def ask(x, at):
-        asked.append((x, at, torch.is_grad_enabled()))
-        return towards(point, x, at)
-
-    consistency_loss(ask, x_t, t, eps, eps, "epsilon")
-    ((x, at, graded),) = asked
-    assert at.tolist() == [0, 0, 500 - SKIP, TIMESTEPS - 1 - SKIP] and not graded
-    assert torch.allclose(towards(point, x, at)[1:], eps[1:], atol=1e-3), "the same ε, less of it"
+    end = end_of(Teaching(lambda x, at: towards(point + at.view(-1, 1, 1, 1) / 1000, x, at)), x_t, t)
+    a, b = (alphas_cumprod()[at].view(-1, 1, 1, 1) for at in (t, (t - STRIDE).clamp(min=0)))
+    b[:2] = 1.0
+    eps = (end - (b / a).sqrt() * x_t) / ((1 - b).sqrt() - (b * (1 - a) / a).sqrt())
+    assert path_loss(eps, end, x_t, t, "epsilon").max() < 1e-6
+    assert path_loss(towards(point, x_t, t), end, x_t, t, "epsilon").min() >= 0
+    assert path_loss(towards(point, x_t, t), end, x_t, t, "epsilon")[-1] > 0.01
+    v = (eps - (1 - a).sqrt() * x_t) / a.sqrt()
+    assert path_loss(v, end, x_t, t, "v_prediction").max() < 1e-6
+    assert torch.allclose(path_loss(eps, end + 0.3, x_t, t, "epsilon"), torch.tensor(0.09), atol=1e-3)
 
 
 def test_guidance(tmp_path, teachers):
@@ -82,10 +108,18 @@ def test_guidance(tmp_path, teachers):
     assert torch.equal(guided(made.teachers, batch, batch.x_t, batch.t, nothing, 1.0), cond)
 
 
-def test_training_makes_the_student_more_consistent(tmp_path, teachers):
+def test_training_brings_the_ends_nearer(tmp_path, teachers):
     made = built(tmp_path / "o.safetensors", teachers, few_step=2.0, steps=40, lr=1e-3)
     losses = [result.loss for result in made.run()]
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+def test_a_rotating_teacher_is_brought_once_a_step(tmp_path, teachers):
+    made = built(tmp_path / "o.safetensors", teachers, few_step=2.0, resident=1)
+    after(made, 1)
+    loads = made.teachers.loads
+    after(made, 3)
+    assert made.teachers.loads - loads <= 3 * len(teachers)
 
 
 def test_exact_resume(tmp_path, teachers):
@@ -148,7 +182,7 @@ def test_an_evaluation_draws_the_student_in_few_steps(tmp_path, student, teacher
     assert main([*line, "--few-steps", "3", "--out", str(tmp_path / "e"), "--json"]) == 0
     said = capsys.readouterr().out
     assert json.loads(said)["same_seed"] is None
-    assert "LCM in 3 steps" in said and (tmp_path / "e" / "report.html").exists()
+    assert "Euler in 3 steps" in said and (tmp_path / "e" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
