@@ -28,7 +28,8 @@ def unlikeness(
     Returns:
         ``per_style``: Σ_k |drawn_k − reference_k|² / Σ_k |others_k − reference_k|², 0 for the teacher itself and about
         1 for a picture that has the style and the prompt in common with the teacher's and nothing else; ``mean`` over
-        styles and its ``error``, one standard deviation over resamples of the prompts.
+        styles and its ``error``, one standard deviation over resamples of the prompts; ``astray``, what that of the
+        same name says.
     """
     squares = np.stack([[((x - r) ** 2).sum(1) for x, r in zip(part, reference, strict=True)]
                         for part in (drawn, others)])  # (2, styles, n)  # fmt: skip
@@ -39,4 +40,15 @@ def unlikeness(
         "mean": float(whole.mean()),
         "error": float((mine / other).mean(0).std(ddof=1)),
         "per_style": [float(value) for value in whole],
+        "astray": astray(drawn, reference),
     }
+
+
+def astray(drawn: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> list[list[int]]:
+    """Of each style the numbers of the pictures that are nearer to what another style's teacher draws of their seed.
+
+    Args:
+        drawn, reference: features (n, d) of each style's pictures, as ``unlikeness`` takes them.
+    """
+    apart = np.array([[((x - r) ** 2).sum(1) for r in reference] for x in drawn])  # (drawn, teachers, n)
+    return [np.flatnonzero(rows.argmin(0) != own).tolist() for own, rows in enumerate(apart)]

@@ -243,7 +243,14 @@ def same_seed(report: dict[str, Any]) -> list[str]:
     mine, average = alike["student"], alike.get("average")
     beside = f"; weight average {average['mean']:.2f}" if average else ""
     told = f"picture by picture, same prompt and seed: {mine['mean']:.3f} ± {mine['error']:.3f} of what another seed "
-    return [f"{told}changes (0 is the teacher's picture itself{beside})"]
+    lost = {name: numbers for name, numbers in zip(report["styles"], mine["astray"], strict=True) if numbers}
+    where = "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in lost.items())
+    drawn = report["images_per_style"] * len(report["styles"])
+    count = f"{sum(map(len, lost.values()))} of {drawn}{f' ({where})' if where else ''}"
+    return [
+        f"{told}changes (0 is the teacher's picture itself{beside})",
+        f"pictures nearer to another teacher's of the same seed: {count}",
+    ]
 
 
 def separated(report: dict[str, Any]) -> list[str]:

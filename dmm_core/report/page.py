@@ -90,6 +90,14 @@ def _merged(report: Mapping[str, Any]) -> str:
     return _section("What was merged", text, numbers_table(("style", "teacher", "sha256"), rows, "plain"))
 
 
+def astray_text(alike: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """How many pictures are in a wrong style, as a sentence; reports of before it was counted say nothing."""
+    if "astray" not in alike:
+        return ""
+    count, drawn = sum(map(len, alike["astray"])), report["images_per_style"] * len(alike["astray"])
+    return f" {count} of {drawn} pictures {'is' if count == 1 else 'are'} nearer to another teacher's."
+
+
 def _headline(report: Mapping[str, Any]) -> str:
     error, gap, average = report.get("ratio_error"), report["gap_closed"].get("mean"), report["weight_average"]
     wins = [row["nearest_own_teacher"] for row in report.get("per_style", ())]
@@ -118,6 +126,7 @@ def _headline(report: Mapping[str, Any]) -> str:
             "is how far a picture is from the one that its teacher draws with the same prompt and seed; 0 is the very "
             "same picture, 1 as far as with another seed."
             + (f" The weight average's are at {average['mean']:.2f}." if average else "")
+            + astray_text(mine, report)
         )
         cards.append(_card(f"{mine['mean']:.2f}", f"± {mine['error']:.2f}", "Picture by picture", text))
     if apart := report.get("separation"):
