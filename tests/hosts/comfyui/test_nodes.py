@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,6 +56,23 @@ def test_styles_differ_and_equal_our_own_sampler(server, dmm_file):
         vector = pipe.codebook.default_style() if name == "default" else pipe.codebook.style({name: 1.0})
         latents = sample(pipe, [PROMPT], seeds=[SEED], steps=STEPS, cfg_scale=CFG, style=vector)
         assert apart(picture, decode(pipe.vae, latents)) <= ROUNDING, name
+
+
+def test_few_steps_by_euler_are_what_such_a_student_is_trained_for(server, dmm_file):
+    """Sampler and schedule that the README names for students of few steps walk the timesteps of ``fewstep.py``."""
+    pytest.importorskip("diffusers")
+    from dmm_core.models import load_pipeline
+    from dmm_core.sample import decode, sample
+
+    pipe = dataclasses.replace(load_pipeline(dmm_file), few_step=CFG)
+    for steps in (4, 8):
+        graph = styled(style("clay"), steps=steps)
+        graph["sampler"]["inputs"] |= {"sampler_name": "euler", "scheduler": "sgm_uniform", "cfg": 1.0}
+        ours = sample(pipe, [PROMPT], seeds=[SEED], steps=steps, style=pipe.codebook.style({"clay": 1.0}))
+        picture = server.pictures(graph)
+        assert apart(picture, decode(pipe.vae, ours)) <= 2 * ROUNDING, steps
+        graph["sampler"]["inputs"]["scheduler"] = "normal"
+        assert apart(picture, server.pictures(graph)) > 10, "another schedule is another picture"
 
 
 def test_default_is_the_plain_model(server):
