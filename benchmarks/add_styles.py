@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import LONG, Folder, about
+from merges import LONG, Folder, about, foreign
 
 from dmm_core.extension import teachers_of_step
 from dmm_core.recipe import TrainSpec
@@ -76,7 +76,8 @@ def measure(folder: Folder, case: Case) -> dict[str, Any]:
 
 def key_of(case: Case) -> dict[str, Any]:
     steps = [demo.MOST, *([case.steps] if case.later else [])]
-    return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps}
+    return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps,
+            "foreign": foreign(case.steps)}  # fmt: skip
 
 
 def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         changed = f"{total(old, 'student') / total(old, 'before') - 1:+.1%}" if new else ""
         ratio = f"{total(new, 'student') / total(new, 'reference'):.3f}" if new else ""
         what = " + ".join(str(len(part)) for part in (old, new) if part)
+        what += f", foreign {row['foreign']:g}" if row["foreign"] else ""
         asked = teachers_of_step(TrainSpec(regularize=row["regularize"]), 0, len(by_name), len(old))
         kept = len(asked) - len(new) if new else ""
         steps = f"{row['steps'][-1]:,}"

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
-from merges import Folder, about
+from merges import Folder, about, foreign
 
 from mini_family import demo, family
 
@@ -63,14 +63,16 @@ KINDS = {"lora": lora, "sdxl": sdxl, "few-step": few_step}
 def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown: a line a measurement."""
     names = family.TEACHERS
-    yield "| | steps | " + " | ".join(names) + " | ratio | gap closed |"
-    yield "|---" * (len(names) + 4) + "|"
+    yield "| | steps | foreign | " + " | ".join(names) + " | ratio | gap closed | picture by picture |"
+    yield "|---" * (len(names) + 6) + "|"
     for row in lines:
         what = row["kind"] + (f", drawn in {row['sampling']}" if row["kind"] == "few-step" else "")
         cells = [f"{row['styles'][name]:.2f}" for name in names]
         gap = f"{row['gap_closed']:.1%}" if row["gap_closed"] is not None else ""
         ratio = f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
-        yield f"| {what} | {row['steps']} | {' | '.join(cells)} | {ratio} | {gap} |"
+        alike = row["same_seed"]["student"]
+        told = " | ".join((*cells, ratio, gap, f"{alike['mean']:.3f} ± {alike['error']:.3f}"))
+        yield f"| {what} | {row['steps']:,} | {row['foreign']:g} | {told} |"
 
 
 def main() -> None:
@@ -91,10 +93,11 @@ def main() -> None:
     args.data, args.student = args.data.absolute(), args.student and args.student.absolute()
     folder = Folder(args.folder, args.device)
     for kind in args.only:
-        key = {"kind": kind, "steps": args.steps or STEPS[kind]}
+        steps = args.steps or STEPS[kind]
+        key = {"kind": kind, "steps": steps, "foreign": foreign(steps)}
         if rows.has(args.out, key):
             continue
-        reports = KINDS[kind](folder, args, key["steps"])
+        reports = KINDS[kind](folder, args, steps)
         rows.append(
             args.out, *(key | row_of(report, count) for report, count in zip(reports, (FULL, *FEW), strict=False))
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from dmm_core.presets import FOREIGN
 from dmm_core.recipe import load_recipe
 from dmm_core.stages import unfinished
 from mini_family import demo, family
@@ -20,9 +21,14 @@ from mini_family import demo, family
 ROOT = Path(demo.__file__).resolve().parents[1]
 IMAGES = 96  # a style
 LONG = 6000  # steps from which a merge is made as the best of docs/results.md, "Longer merges", was
-LONG_DATA = {"latents_per_teacher": 4600, "foreign": 0.3}
+LONG_DATA = {"latents_per_teacher": 4600, "foreign": FOREIGN}
 LONG_TRAIN = {"lr": 2.5e-4, "feature": 0.001}
 LONG_INVENTED = 4000
+
+
+def foreign(steps: int) -> float:
+    """``data.foreign`` of a merge of so many steps."""
+    return FOREIGN if steps >= LONG else 0.0
 
 
 def dmm(*words: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
+FOREIGN = 0.3  # of longer merges: it keeps pictures out of a wrong style, and short ones learn less (docs/results.md)
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
@@ -49,13 +50,13 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "good", "Good, about 2 hours",
             "8,000 steps on 768 pictures a teacher.",
-            {"data": {"latents_per_teacher": 768, "steps": 20},
+            {"data": {"latents_per_teacher": 768, "steps": 20, "foreign": FOREIGN},
              "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500}},
         ),
         Preset(
             "best", "Best, overnight",
             "32,000 steps on 2,048 pictures a teacher, and a moving average of the weights.",
-            {"data": {"latents_per_teacher": 2048, "steps": 25},
+            {"data": {"latents_per_teacher": 2048, "steps": 25, "foreign": FOREIGN},
              "train": {"steps": 32000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 200, "save_every": 1000, "ema": 0.9995}},
         ),
         Preset(
@@ -120,6 +121,7 @@ def with_stages(data: Any) -> Any:
             own["train"] = {key: rate / 10 for key, rate in rates.items() if isinstance(rate, int | float)}
             own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
         if given.get("name") == "few_step":
+            own["data"] = {"foreign": 0.0}  # as it was measured
             own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "feature": 0.0, "snr_power": 0.0}
             own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
         filled = dict(given)
