@@ -35,7 +35,7 @@ UNET: dict[str, dict[str, Any]] = {
 
 def fresh_models(family: str = "sd15") -> tuple[UNet2DConditionModel, nn.ModuleList]:
     """A UNet and its text encoders with random weights."""
-    shape = {**TEXT, "num_hidden_layers": 2 if family == "sdxl" else 1}  # SDXL takes the layer before the last
+    shape = {**TEXT, "num_hidden_layers": 3 if family == "sdxl" else 1}  # ComfyUI takes SDXL's of three or more
     encoders: list[nn.Module] = [CLIPTextModel(CLIPTextConfig(**shape, hidden_act="quick_gelu"))]
     if family == "sdxl":
         encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**shape, hidden_act="gelu")))
