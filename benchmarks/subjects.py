@@ -19,7 +19,7 @@ from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.distill import Distillation
 from dmm_core.models import build_unet
-from dmm_core.plan import choose_precision
+from dmm_core.plan import DTYPES, choose_precision
 from dmm_core.recipe import TrainSpec
 from dmm_core.residency import HostStore
 from dmm_core.speed import quicken, wants_channels_last
@@ -28,7 +28,6 @@ from dmm_core.teachers import Teachers
 
 FULL = {"sd15": (SD15, 512), "sdxl": (SDXL, 1024)}  # and the pixels it is made for
 POOLED = 1280  # width of SDXL's pooled embedding
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.plain_step import FEATURE_WEIGHT, PlainStep
-from benchmarks.subjects import DTYPES, Subjects
+from benchmarks.subjects import Subjects
 from dmm_core.economy import is_out_of_memory
 from dmm_core.measure import commit, device_name
-from dmm_core.plan import choose_device, choose_precision
+from dmm_core.plan import DTYPES, choose_device, choose_precision
 from dmm_core.recipe import TrainSpec
 
 TOGETHER = 2  # teachers of a step that does not ask all of them

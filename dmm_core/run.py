@@ -236,7 +236,7 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     default = recipe.default_style or (codebook.default if codebook and not recipe.teachers else None)
     student = Student.start(
         sources.base, start_tensors(recipe, sources), sources.names, default, spec.seed,
-        {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.weights], spec.rank if spec.student == "lora" else None,
+        DTYPES[spec.weights], spec.rank if spec.student == "lora" else None,
         codebook,
     ).to(teachers.device)  # fmt: skip
     quicken(student.unet, teachers.channels_last, spec.compile)
