@@ -29,6 +29,7 @@ class Book:
     codebook: Codebook
     thumbnails: tuple[str, ...]
     folded: bool
+    usage: str = ""  # what a user must know to draw with it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ def open_book(path: Path) -> Book:
     if codebook is None:
         raise BadInput("is an ordinary checkpoint without styles", path, "Choose a DMM file.")
     thumbnails = tuple(str(style.get("thumbnail", "")) for style in checkpoint.style_info)
-    return Book(path, codebook, thumbnails, folded=checkpoint.dmm == "ours")
+    return Book(path, codebook, thumbnails, checkpoint.dmm == "ours", checkpoint.usage)
 
 
 @dataclass(eq=False)

@@ -112,7 +112,7 @@ def fill(shown: str, *values: float) -> list[Any]:
         return [gr.update(value=_line(book)), *hidden, *nothing, *nothing, *choices, gr.update()]
     before = read_names(shown)
     names, moved, missing = sliders.follow(book, dict(zip(before, values, strict=False)))
-    told = f"{book.path.name}: {len(book.names)} styles."
+    told = f"{book.path.name}: {len(book.names)} styles. {book.usage}".rstrip()
     if len(book.names) > SLIDERS:
         told += f" {len(book.names) - SLIDERS} of them have no slider; give them by name."
     if missing:

@@ -14,14 +14,14 @@ from . import loading
 
 
 def styles_of(name: str) -> dict[str, Any]:
-    """``{"styles": [{"name", "thumbnail"?}, …], "default": {name: weight}}`` of a file that ComfyUI lists.
+    """``{"styles": [{"name", "thumbnail"?}, …], "default": {name: weight}, "usage"}`` of a file that ComfyUI lists.
 
     Raises:
         MissingFile: a name that is not listed; BadInput: a file that cannot be read or holds no styles.
     """
     checkpoint = loading.open_dmm(loading.find(listed(name)))
     shown = [{key: style[key] for key in ("name", "thumbnail") if key in style} for style in checkpoint.style_info]
-    return {"styles": shown, "default": checkpoint.default_style}
+    return {"styles": shown, "default": checkpoint.default_style, "usage": checkpoint.usage}
 
 
 def listed(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint
-from dmm_core.checkpoint.metadata import FEW_STEP
+from dmm_core.checkpoint.metadata import FEW_STEP, FEW_STEP_HINT
 from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
@@ -135,7 +135,8 @@ class Merge:
         self.distillation.student.save(
             out, self.sources.base, style_info=self.shown_styles(), title=recipe.title or out.stem, report=report,
             recipe=recipe.to_dict(names_only=True) if recipe.include_recipe else None,
-            extra_metadata={FEW_STEP: f"{scale:g}"} if (scale := self.distillation.spec.few_step) else None,
+            extra_metadata={FEW_STEP: f"{scale:g}", "modelspec.usage_hint": FEW_STEP_HINT}
+            if (scale := self.distillation.spec.few_step) else None,
         )  # fmt: skip
         dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
         clear_work(self.work)

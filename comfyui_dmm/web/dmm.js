@@ -16,18 +16,17 @@ const COLOURS = { DMM_CODEBOOK: "#c7a252", DMM_STYLE: "#d977b0", DMM_TEACHERS: "
 const WAIT_MS = 120; // a workflow that loads fires dozens of events; one look at the graph afterwards is enough
 const KEEP_MS = 3000; // how long an answer of the route is taken for current
 
-const answers = new Map(); // checkpoint → {at, promise of styles or null}
+const answers = new Map(); // checkpoint → {at, promise of an answer or null}
 const ownLabels = new WeakMap(); // widget → the label it had before ours
 let timer = null;
 
-/** A checkpoint's styles ({name, thumbnail}) in codebook order, or null where the server cannot tell. */
-function stylesOf(checkpoint) {
+/** A checkpoint's `styles` ({name, thumbnail}) in codebook order and its `usage`, or null where the server cannot tell. */
+function toldOf(checkpoint) {
   const known = answers.get(checkpoint);
   if (known && Date.now() - known.at < KEEP_MS) return known.promise;
   const promise = api
     .fetchApi(`/dmm/styles?checkpoint=${encodeURIComponent(checkpoint)}`)
     .then((response) => (response.ok ? response.json() : null))
-    .then((answer) => answer?.styles ?? null)
     .catch(() => null);
   answers.set(checkpoint, { at: Date.now(), promise });
   return promise;
@@ -99,15 +98,20 @@ function listStyles(node, styles) {
   redraw(node, resized);
 }
 
+/** What a file for few steps asks of the sampler. */
+function sayUsage(node, usage) {
+  if (showProgress(node, usage)) redraw(node, usage ? "grow" : true);
+}
+
 async function refresh() {
   for (const graph of graphs()) {
     for (const node of nodesOf(graph)) {
-      if (node.comfyClass !== MIX && node.comfyClass !== VECTOR) continue;
+      if (![LOADER, MIX, VECTOR].includes(node.comfyClass)) continue;
       const checkpoint = checkpointOf(node);
-      const styles = checkpoint ? await stylesOf(checkpoint) : null;
+      const told = checkpoint ? await toldOf(checkpoint) : null;
       if (!node.graph || checkpointOf(node) !== checkpoint) continue; // removed or rewired meanwhile
-      if (node.comfyClass === MIX) labelSliders(node, styles);
-      else listStyles(node, styles);
+      if (node.comfyClass === LOADER) sayUsage(node, told?.usage ?? "");
+      else (node.comfyClass === MIX ? labelSliders : listStyles)(node, told?.styles ?? null);
     }
   }
 }
@@ -175,7 +179,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (![LOADER, MIX, VECTOR, MERGE].includes(node.comfyClass)) return;
     if (node.comfyClass === VECTOR) textToCombo(node);
-    if (node.comfyClass === MERGE) addProgress(node);
+    if ([LOADER, MERGE].includes(node.comfyClass)) addProgress(node);
     for (const widget of node.widgets ?? []) chain(widget, "callback", () => (node.dmmCopied = true));
     if (node.comfyClass === MERGE) return;
     chain(node, "onConnectionsChange", function () {

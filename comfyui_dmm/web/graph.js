@@ -42,9 +42,9 @@ function fileOf(name) {
   return stem ? `${stem}.safetensors` : null;
 }
 
-/** The checkpoint whose codebook reaches `node`, or null. */
+/** The checkpoint that `node` loads, or whose codebook reaches it; null where there is none. */
 export function checkpointOf(node) {
-  const loader = source(node.graph, inputOf(node, "codebook"));
+  const loader = node.comfyClass === LOADER ? node : source(node.graph, inputOf(node, "codebook"));
   if (loader?.comfyClass !== LOADER) return null;
   const wired = source(loader.graph, inputOf(loader, "checkpoint"));
   if (wired?.comfyClass === MERGE) return fileOf(widgetOf(wired, "name")?.value);

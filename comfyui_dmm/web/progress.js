@@ -1,4 +1,4 @@
-// What a merge says while it runs, under the widgets of Merge Checkpoints.
+// What a merge says while it runs, under the widgets of Merge Checkpoints, and what a file asks for, under Load DMM's.
 //
 // ComfyUI's own text for this is a widget of the classic canvas; Nodes 2.0 of frontend 1.32.9 has no component for it and
 // draws an empty row. A widget with an element is drawn by both. It is saved nowhere, and comes after all others.

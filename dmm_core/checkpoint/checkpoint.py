@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint.errors import NonFinite, NotACheckpoint
-from dmm_core.checkpoint.metadata import FEW_STEP
+from dmm_core.checkpoint.metadata import FEW_STEP, FEW_STEP_HINT
 from dmm_core.checkpoint.parts import Part, read_part
 from dmm_core.checkpoint.reader import Tensors, sha256
 from dmm_core.checkpoint.shapes import Shapes, codebook_shapes, text_shapes, unet_shapes, vae_shapes
@@ -78,6 +78,11 @@ class Checkpoint:
             return float(self.metadata.get(FEW_STEP, 0))
         except ValueError:
             return 0.0
+
+    @property
+    def usage(self) -> str:
+        """What a user must know to draw with it, in a sentence; "" for ordinary models."""
+        return FEW_STEP_HINT if self.few_step else ""
 
     def unet(self) -> dict[str, Tensor]:
         """The UNet in diffusers' keys, without those of DMM."""

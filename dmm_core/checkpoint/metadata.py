@@ -17,6 +17,7 @@ FORMAT = "1"
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 FEW_STEP = "dmm.few_step"  # of a student for 4 to 8 sampling steps: the guidance scale that it has in itself
+FEW_STEP_HINT = "Made for few steps: draw in 4 to 8 at CFG 1, sampler Euler, schedule SGM Uniform."
 THUMBNAIL_LIMIT = 16 * 1024  # bytes of the data URI
 # The published models' styles in order; their files hold no names. Known by family and count, at full width.
 PUBLISHED = {

@@ -159,7 +159,9 @@ def student(tmp_path_factory, teachers) -> Path:
 
 
 def test_the_file_says_so_and_is_drawn_so(tmp_path, student, capsys):
-    assert open_checkpoint(student).few_step == 1.0 and load_pipeline(student).few_step == 1.0
+    made = open_checkpoint(student)
+    assert made.few_step == 1.0 and load_pipeline(student).few_step == 1.0
+    assert "4 to 8" in made.usage == made.metadata["modelspec.usage_hint"]
     assert main(["generate", str(student), "--prompt", "a", "--out", str(tmp_path / "p.png"), "--json"]) == 0
     assert '"steps": 4' in (said := capsys.readouterr().out) and '"cfg": 1.0' in said
 

@@ -49,7 +49,7 @@ def server(tmp_path_factory, dmm_file) -> Iterator[Server]:
     (base / "custom_nodes" / "dmm").symlink_to(ROOT, target_is_directory=True)
     checkpoints = base / "models" / "checkpoints"
     (checkpoints / "mini-dmm.safetensors").write_bytes(dmm_file.read_bytes())
-    make_dmm(checkpoints / "other-dmm.safetensors", ("ink", "clay", "neon"), seed=1)
+    make_dmm(checkpoints / "other-dmm.safetensors", ("ink", "clay", "neon"), seed=1, few_step=True)
     (checkpoints / "plain.safetensors").write_bytes((family.WEIGHTS / "base.safetensors").read_bytes())
     (checkpoints / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header!!}")
     family.unpack(checkpoints, ("ink", "clay", "neon"))

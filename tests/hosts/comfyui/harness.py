@@ -36,10 +36,15 @@ def host_paths() -> tuple[Path, str]:
 
 
 def make_dmm(
-    path: Path, names: tuple[str, ...] = NAMES, seed: int = 0, thumbnails: Mapping[str, str] | None = None
+    path: Path,
+    names: tuple[str, ...] = NAMES,
+    seed: int = 0,
+    thumbnails: Mapping[str, str] | None = None,
+    few_step: bool = False,
 ) -> Path:
     """A DMM file of the mini family's base: untrained, but with style vectors as large as trained ones."""
     from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.checkpoint.metadata import FEW_STEP
     from dmm_core.student import Student
 
     base = open_checkpoint(ROOT / "mini_family" / "weights" / "base.safetensors")
@@ -50,7 +55,7 @@ def make_dmm(
     info = [{"name": name, "teacher": f"{name}.safetensors", "sha256": "0" * 64} for name in names]
     for entry in info if thumbnails else ():
         entry["thumbnail"] = thumbnails[entry["name"]]
-    return student.save(path, base, style_info=info, title="test")
+    return student.save(path, base, style_info=info, title="test", extra_metadata={FEW_STEP: "2"} if few_step else None)
 
 
 class Failed(Exception):

@@ -61,6 +61,20 @@ def test_another_checkpoint_other_names(page):
     page.wait_labels([*STYLES, "normalise"])
 
 
+def test_a_file_for_few_steps_says_so(page, shoot):
+    """Under the widget of Load DMM, as long as that file is chosen."""
+    said = """() => [...document.querySelectorAll('.dmm-progress')].filter(e => e.checkVisibility()).map(e => e.textContent)"""
+    choose = """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM').widgets[0];
+                            w.value = name; w.callback?.(name) }"""
+    page.load(MIX)
+    assert page.page.evaluate(said) == []
+    page.page.evaluate(choose, "other-dmm.safetensors")
+    page.until(f"() => ({said})().some(text => text.includes('4 to 8 at CFG 1'))")
+    shoot("few-steps")
+    page.page.evaluate(choose, FILE)
+    page.until(f"() => !({said})().length")
+
+
 def test_wires(page):
     """Unplugged, and through two reroutes: the names go and come back."""
     page.load(MIX)

@@ -296,7 +296,8 @@ def test_other_files_are_not_overwritten(server):
 def test_route_lists_styles(server):
     answer = server.get("/dmm/styles?checkpoint=mini-dmm.safetensors")
     assert [entry["name"] for entry in answer["styles"]] == list(NAMES)
-    assert sum(answer["default"].values()) == pytest.approx(1)
+    assert sum(answer["default"].values()) == pytest.approx(1) and answer["usage"] == ""
+    assert "4 to 8" in server.get("/dmm/styles?checkpoint=other-dmm.safetensors")["usage"]
     for name, expected in (("../../mini-dmm.safetensors", 404), ("nothing", 404), ("", 404),
                            ("plain.safetensors", 422), ("broken.safetensors", 422)):  # fmt: skip
         status, body = server.raw("/dmm/styles?checkpoint=" + name)

@@ -7,6 +7,8 @@ import os
 
 import gradio as gr
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.hosts.webui import infotexts
 from tests.hosts.webui.driver import Processing
@@ -153,6 +155,16 @@ def test_panel_follows_the_choice(host, files):
     assert "ordinary checkpoint" in host.ui.fill("")[0]["value"]
     host.choose(files / "dmm.safetensors")
     assert "dmm.safetensors: 3 styles." in host.ui.fill("")[0]["value"]
+    host.load(files / "dmm.safetensors")
+
+
+def test_a_file_for_few_steps_says_so(host, files, tmp_path):
+    few = tmp_path / "few.safetensors"
+    with safe_open(files / "dmm.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        save_file(tensors, few, {**file.metadata(), "dmm.few_step": "5"})
+    host.choose(few)
+    assert "few.safetensors: 3 styles. Made for few steps: draw in 4 to 8 at CFG 1" in host.ui.fill("")[0]["value"]
     host.load(files / "dmm.safetensors")
 
 
