@@ -63,7 +63,8 @@ def test_another_checkpoint_other_names(page):
 
 def test_a_file_for_few_steps_says_so(page, shoot):
     """Under the widget of Load DMM, as long as that file is chosen."""
-    said = """() => [...document.querySelectorAll('.dmm-progress')].filter(e => e.checkVisibility()).map(e => e.textContent)"""
+    said = """() => [...document.querySelectorAll('.dmm-progress')].filter(e => e.checkVisibility())
+                        .map(e => e.textContent)"""
     choose = """(name) => { const w = app.graph.nodes.find(n => n.comfyClass === 'LoadDMM').widgets[0];
                             w.value = name; w.callback?.(name) }"""
     page.load(MIX)

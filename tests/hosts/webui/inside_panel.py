@@ -8,7 +8,7 @@ import os
 import gradio as gr
 import pytest
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.hosts.webui import infotexts
 from tests.hosts.webui.driver import Processing
@@ -161,8 +161,8 @@ def test_panel_follows_the_choice(host, files):
 def test_a_file_for_few_steps_says_so(host, files, tmp_path):
     few = tmp_path / "few.safetensors"
     with safe_open(files / "dmm.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        save_file(tensors, few, {**file.metadata(), "dmm.few_step": "5"})
+        metadata = file.metadata()
+    save_file(load_file(files / "dmm.safetensors"), few, {**metadata, "dmm.few_step": "5"})
     host.choose(few)
     assert "few.safetensors: 3 styles. Made for few steps: draw in 4 to 8 at CFG 1" in host.ui.fill("")[0]["value"]
     host.load(files / "dmm.safetensors")
