@@ -66,7 +66,7 @@ def search(merge: Merge, blocks: Blocks, steps: int) -> None:
             target = run.ask(run.data.draw(teacher, run.spec.batch, rng))
             batch, context = target.batch, run.context[target.batch.prompt]
             eps = functional_call(unet, state, (batch.x_t, batch.t, context.tokens)).sample
-            losses.append((score_loss(eps, target.eps) * run.weights[batch.t]).mean())
+            losses.append((score_loss(eps, target.said) * run.weights[batch.t]).mean())
         optimizer.zero_grad()
         loss = torch.stack(losses).mean()
         loss.backward()
