@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -15,18 +16,36 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def test_what_is_hidden_is_there_again(monkeypatch):
-    import scipy
-
     monkeypatch.setattr("dmm_core.environment._came_before", lambda: False)
 
     collects = gc.isenabled()
     with importing():
-        assert not gc.isenabled() and "peft" in sys.modules
+        assert not gc.isenabled() and importlib.util.find_spec("scipy") is None
+        assert importlib.util.find_spec("torch")
         with importing():
             pass
-        assert "peft" in sys.modules and not gc.isenabled()
-    assert "peft" not in sys.modules and gc.isenabled() == collects
-    assert sys.modules["scipy"] is scipy, "what was loaded before stays"
+        assert importlib.util.find_spec("scipy") is None and not gc.isenabled()
+        assert importlib.import_module("scipy.sparse")
+    assert importlib.util.find_spec("scipy") and gc.isenabled() == collects
+
+
+def test_scikit_learn_on_the_way_finds_scipy(tmp_path):
+    """transformers imports it where it is there, and it cannot do without scipy."""
+    package = tmp_path / "sklearn"
+    package.mkdir()
+    (package / "__init__.py").write_text("import scipy.sparse\n")
+    about = tmp_path / "scikit_learn-1.7.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.7.0\n")
+    (package / "metrics.py").write_text("import sys\nprint('asked')\nroc_curve = None\n")
+    code = (
+        "from dmm_core.environment import importing\nwith importing():\n    from diffusers import UNet2DConditionModel"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (told.returncode, told.stdout) == (0, "asked\n"), told.stderr[-500:]
 
 
 def test_diffusers_that_others_have_imported_keeps_what_it_saw():
