@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dmm_core.fused import fuse
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")  # diffusers' blocks that make up nearly all of a UNet
@@ -56,6 +58,8 @@ def quicken(unet: Any, channels_last: bool, compiled: bool, backend: str = "indu
         for module in unet.modules():
             if type(module).__name__ in REPEATED:
                 module.compile(backend=backend, dynamic=False)
+    elif channels_last:
+        fuse(unet)
     return unet
 
 

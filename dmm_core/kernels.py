@@ -1,0 +1,193 @@
+"""Triton kernels for what a UNet does between its matrix products, on feature maps with the channels last.
+
+``fused.py`` calls them. A map is (N, H·W, C) in memory; sums are taken in float32, whatever the map's type.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SPAN = 128  # positions (of H·W) that one program sums up
+CHANNELS = 64  # that one program reads side by side: 128 bytes of bfloat16
+
+
+@triton.jit
+def normed(x, mean, rstd, weight, bias):
+    return (x - mean) * rstd * weight + bias
+
+
+@triton.jit
+def silu_gradient(z):
+    s = tl.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+@triton.jit
+def sums_kernel(x_ptr, sums_ptr, positions, channels, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr):
+    """Σx and Σx² of each channel over a span of positions: sums (N, spans, 2, C)."""
+    row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    first, square = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    for start in range(0, SPAN, STEP):
+        p = span * SPAN + start + tl.arange(0, STEP)
+        inside = (p < positions)[:, None] & (c < channels)[None, :]
+        at = x_ptr + row * positions * channels + p[:, None] * channels + c[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        first += tl.sum(x, 0)
+        square += tl.sum(x * x, 0)
+    to = sums_ptr + (row * spans + span) * 2 * channels + c
+    tl.store(to, first, mask=c < channels)
+    tl.store(to + channels, square, mask=c < channels)
+
+
+@triton.jit
+def statistics_kernel(
+    sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps, GROUP: tl.constexpr
+):  # fmt: skip
+    """Mean and 1/σ of each group of ``size`` channels: (N, G)."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    inside = tl.arange(0, GROUP) < size
+    c = group * size + tl.arange(0, GROUP)
+    first, square = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
+    for span in range(0, spans):
+        at = sums_ptr + (row * spans + span) * 2 * channels + c
+        first += tl.load(at, mask=inside, other=0.0)
+        square += tl.load(at + channels, mask=inside, other=0.0)
+    count = positions * size * 1.0
+    mean = tl.sum(first, 0) / count
+    variance = tl.maximum(tl.sum(square, 0) / count - mean * mean, 0.0)
+    to = row * tl.num_programs(1) + group
+    tl.store(mean_ptr + to, mean)
+    tl.store(rstd_ptr + to, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def normalise_kernel(
+    x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
+    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    there = c < channels
+    group = row * (channels // size) + c // size
+    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
+    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    for start in range(0, SPAN, STEP):
+        p = span * SPAN + start + tl.arange(0, STEP)
+        inside = (p < positions)[:, None] & there[None, :]
+        at = row * positions * channels + p[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
+        z = normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :])
+        if SILU:
+            z = z * tl.sigmoid(z)
+        tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_sums_kernel(
+    x_ptr, dy_ptr, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
+    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Σdz and Σdz·x̂ of each channel over a span of positions: sums (N, spans, 2, C)."""
+    row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    there = c < channels
+    group = row * (channels // size) + c // size
+    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
+    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    first, second = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    for start in range(0, SPAN, STEP):
+        p = span * SPAN + start + tl.arange(0, STEP)
+        inside = (p < positions)[:, None] & there[None, :]
+        at = row * positions * channels + p[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            dz *= silu_gradient(normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :]))
+        first += tl.sum(dz, 0)
+        second += tl.sum(dz * (x - mean[None, :]) * rstd[None, :], 0)
+    to = sums_ptr + (row * spans + span) * 2 * channels + c
+    tl.store(to, first, mask=there)
+    tl.store(to + channels, second, mask=there)
+
+
+@triton.jit
+def gradient_means_kernel(
+    sums_ptr, weight_ptr, first_ptr, second_ptr, spans, positions, channels, size, GROUP: tl.constexpr
+):  # fmt: skip
+    """The means of dz·w and dz·w·x̂ over each group: (N, G)."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    inside = tl.arange(0, GROUP) < size
+    c = group * size + tl.arange(0, GROUP)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    first, second = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
+    for span in range(0, spans):
+        at = sums_ptr + (row * spans + span) * 2 * channels + c
+        first += tl.load(at, mask=inside, other=0.0)
+        second += tl.load(at + channels, mask=inside, other=0.0)
+    count = positions * size * 1.0
+    to = row * tl.num_programs(1) + group
+    tl.store(first_ptr + to, tl.sum(first * weight, 0) / count)
+    tl.store(second_ptr + to, tl.sum(second * weight, 0) / count)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, dy_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, first_ptr, second_ptr, positions, channels, size,
+    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dx = (dz·w − mean(dz·w) − x̂ mean(dz·w·x̂)) / σ."""
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    there = c < channels
+    group = row * (channels // size) + c // size
+    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
+    first, second = tl.load(first_ptr + group, mask=there), tl.load(second_ptr + group, mask=there)
+    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    for start in range(0, SPAN, STEP):
+        p = span * SPAN + start + tl.arange(0, STEP)
+        inside = (p < positions)[:, None] & there[None, :]
+        at = row * positions * channels + p[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
+        dz = tl.load(dy_ptr + at, mask=inside).to(tl.float32)
+        if SILU:
+            dz *= silu_gradient(normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :]))
+        unit = (x - mean[None, :]) * rstd[None, :]
+        dx = (dz * weight[None, :] - first[None, :] - unit * second[None, :]) * rstd[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gelu_parts(gate):
+    """Φ(g), and the derivative of g·Φ(g)."""
+    share = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    return share, share + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+
+
+@triton.jit
+def geglu_kernel(x_ptr, y_ptr, count, width, BLOCK: tl.constexpr):
+    """y (R, W) = a · gelu(g) of x (R, 2W) = [a, g]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < count
+    at = x_ptr + i + (i // width) * width
+    value = tl.load(at, mask=there).to(tl.float32)
+    gate = tl.load(at + width, mask=there).to(tl.float32)
+    share, _slope = gelu_parts(gate)
+    tl.store(y_ptr + i, (value * gate * share).to(y_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def geglu_gradient_kernel(x_ptr, dy_ptr, dx_ptr, count, width, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < count
+    at = i + (i // width) * width
+    value = tl.load(x_ptr + at, mask=there).to(tl.float32)
+    gate = tl.load(x_ptr + at + width, mask=there).to(tl.float32)
+    dy = tl.load(dy_ptr + i, mask=there).to(tl.float32)
+    share, slope = gelu_parts(gate)
+    tl.store(dx_ptr + at, (dy * gate * share).to(dx_ptr.dtype.element_ty), mask=there)
+    tl.store(dx_ptr + at + width, (dy * value * slope).to(dx_ptr.dtype.element_ty), mask=there)
