@@ -32,19 +32,21 @@ class Part:
     line: tuple[str, ...]
 
 
-SPEEDS = ("plain", "all resident", "two teachers a step", "two teachers a step, resident 3",
-          "resident 1, a pass a teacher", "all resident, a pass a teacher")  # fmt: skip
-SD15, SDXL = ("--batch", "3", "--steps", "3"), ("--family", "sdxl", "--batch", "2", "--steps", "2")
+FAST = "two teachers a step"
+SPEEDS = ("plain", "all resident", FAST, "two teachers a step, resident 3", "resident 1, a pass a teacher",
+          "all resident, a pass a teacher")  # fmt: skip
+SD15, SDXL = ("--batch", "2", "--steps", "5"), ("--family", "sdxl", "--batch", "2", "--steps", "3")
 PARTS = (
-    Part("sd15-memory", 60, ("train_step.py", *SD15, "--parts", "memory")),
-    Part("sd15-speeds", 120, ("train_step.py", *SD15, "--parts", "speeds", "--only", *SPEEDS)),
-    Part("sdxl-memory", 90, ("train_step.py", *SDXL, "--parts", "memory")),
-    Part("planner", 120, ("plan_peak.py", "--teachers", "2", "--only", "LoRA", "full, 8-bit")),
-    Part("sd15-profile", 60, ("train_step.py", *SD15, "--parts", "profile", "--only", "two teachers a step")),
-    Part("sdxl-speeds", 120, ("train_step.py", *SDXL, "--parts", "speeds", "--only", "plain", "all resident",
-                              "all resident, two teachers a pass", "two teachers a step")),
-    Part("sd15-compiled", 300, ("train_step.py", *SD15, "--parts", "speeds", "--compile", "--only", "plain",
-                                "two teachers a step", "two teachers a step, compiled")),
+    Part("sd15-speeds", 90, ("train_step.py", *SD15, "--parts", "speeds", "--only", *SPEEDS)),
+    Part("sdxl-speeds", 100, ("train_step.py", *SDXL, "--parts", "speeds", "--only", "plain", "all resident", FAST)),
+    Part("sd15-memory", 40, ("train_step.py", *SD15, "--parts", "memory")),
+    Part("sdxl-memory", 60, ("train_step.py", *SDXL, "--parts", "memory")),
+    Part("planner", 90, ("plan_peak.py", "--teachers", "2", "--only", "LoRA", "full, 8-bit")),
+    Part("sd15-8-rows", 30, ("train_step.py", "--batch", "1", "--parts", "speeds", "--only", "plain", FAST)),
+    Part("sd15-24-rows", 40, ("train_step.py", "--batch", "3", "--parts", "speeds", "--only", "plain", FAST)),
+    Part("sd15-profile", 40, ("train_step.py", *SD15, "--parts", "profile", "--only", FAST)),
+    Part("sd15-compiled", 300, ("train_step.py", *SD15, "--parts", "speeds", "--compile", "--only", "plain", FAST,
+                                "two teachers a step, compiled")),
 )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from dmm_core.optim import StudentOptimizer
 from dmm_core.ranks import Alone
 from dmm_core.recipe import TrainSpec
 from dmm_core.result import LOSSES, StepResult
-from dmm_core.speed import to_device
+from dmm_core.speed import Recorded, has_room_twice, to_device
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -84,6 +85,8 @@ class Distillation:
         self.step_count = self.samples_seen = 0
         self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
+        self.recordings: dict[int, Recorded] = {}
+        self.may_record = False
         self.economy = Economy(rows, spec.checkpointing, teachers.resident, splits=not spec.fused_backward)
         self.be_sparing()
 
@@ -94,7 +97,7 @@ class Distillation:
         before, warnings, self.warnings = self.rng.get_state(), self.warnings, []
         for optimizer in self.optimizers:
             optimizer.begin(lr_factor(self.step_count, self.spec), self.step_count)
-        while (tally := self.accumulate()) is None:
+        while (sums := self.accumulate()) is None:
             self.rng.set_state(before)
             warnings.append(self.economy.give_up_something())
             self.be_sparing()
@@ -108,7 +111,7 @@ class Distillation:
         self.step_count += 1
         names = self.student.codebook.names
         return StepResult(
-            self.steps_done, self.samples_seen, self.optimizer.lr, tuple(warnings), tally, names, self.spec
+            self.steps_done, self.samples_seen, self.optimizer.lr, tuple(warnings), sums, names, self.spec
         )
 
     def accumulate(self) -> Tensor | None:
@@ -116,9 +119,9 @@ class Distillation:
         turn, again = self.turn(self.step_count), self.critic is not None
         size = self.data.choose(self.rng)  # one for the whole step, whose rows pass the student together
         batches = [self.data.draw(teacher, self.spec.batch, self.rng, again, size) for teacher in turn]
-        tally = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
+        sums = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(stay=self.records)
         parts = list(self.parts(self.ranks.mine(batches)))
         later = self.ranks.mine(self.turn(self.step_count + 1))
         times = INSIDE if self.spec.few_step else 1
@@ -127,12 +130,12 @@ class Distillation:
         failed = False
         try:
             for part in parts:
-                tally += self.learn([self.ask(batch) for batch in part], len(batches))
+                sums += self.learn([self.ask(batch) for batch in part], len(batches))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
-        return None if self.ranks.any(failed, self.device) else self.ranks.add(tally)
+        return None if self.ranks.any(failed, self.device) else self.ranks.add(sums)
 
     def ask(self, batch: Batch) -> Target:
         """Let a batch's teacher predict."""
@@ -154,31 +157,64 @@ class Distillation:
         styles = torch.eye(len(self.student.codebook))[which]
         x_t, t, styles, weights = to_device((x_t, t, styles, self.weights[t]), self.device)
         context = self.context[prompt].map(lambda part: to_device((part,), self.device)[0])
+        wanted = torch.cat([target.said for target in targets])
+        features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
+        given = (x_t, t, styles, weights, wanted, context.tokens)
+        given += () if context.pooled is None else (context.pooled,)
+        if not self.critic:
+            (sums,) = self.recorded(share)(*given, *features)
+            return sums
+        eps, loss, score, feature = self.losses(*given, *features)
+        again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
+        t_again, noise, style = to_device((*again, which), self.device)
+        mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
+        adversarial = self.critic.fool(mine, t_again, noise, context, style)
+        scaled = partial(self.scaled, share)
+        scaled(loss + self.spec.adversarial * adversarial).backward()
+        # now that the student's activations are gone
+        discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
+        return tally(styles, score, feature, adversarial, discriminator)
+
+    def losses(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The student's ε, and of each row the loss without the adversarial one, the score loss and the feature loss.
+
+        Args:
+            given: x_t, t, styles, weights of the score loss, what the teachers said, the prompts' embeddings (one
+                tensor or two), and the teachers' feature maps if they count.
+        """
+        x_t, t, styles, weights, wanted, tokens, *more = given
+        context = Context(tokens, None if self.context.pooled is None else more.pop(0))
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
-        wanted = torch.cat([target.said for target in targets])
         if self.spec.few_step:
             score = path_loss(eps, wanted, x_t, t, self.teachers.prediction_type)
         else:
             score = score_loss(eps, wanted)
         loss = self.spec.score * score * weights
-        feature = adversarial = discriminator = torch.zeros_like(score)
-        scaled = lambda rows: self.scaler.scale(rows.sum() / (share * self.spec.batch))  # noqa: E731
+        feature = torch.zeros_like(score)
         if self.spec.feature > 0:
-            teacher_features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
-            feature = feature_loss(blocks.take(), teacher_features)
+            feature = feature_loss(blocks.take(), more)
             loss = loss + self.spec.feature * feature
-        if self.critic:
-            again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
-            t_again, noise, style = to_device((*again, which), self.device)
-            mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
-            adversarial = self.critic.fool(mine, t_again, noise, context, style)
-            loss = loss + self.spec.adversarial * adversarial
-        scaled(loss).backward()
-        if self.critic:  # now that the student's activations are gone
-            discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
-        sums = (score, feature, adversarial, discriminator, torch.ones_like(score))
-        return styles.T @ torch.stack([x.detach() for x in sums], 1)
+        return eps, loss, score, feature
+
+    def scaled(self, share: int, rows: Tensor) -> Tensor:
+        """The part of a step's loss that these rows are."""
+        return self.scaler.scale(rows.sum() / (share * self.spec.batch))
+
+    def alone(self, share: int, *given: Tensor) -> list[Tensor]:
+        """``learn`` without a discriminator."""
+        _, loss, score, feature = self.losses(*given)
+        self.scaled(share, loss).backward()
+        nothing = torch.zeros_like(score)
+        return [tally(given[2], score, feature, nothing, nothing)]
+
+    def recorded(self, share: int) -> Callable[..., list[Tensor]]:
+        """``alone``, with its kernels recorded where that pays (``speed.Recorded``)."""
+        if not self.records:
+            return partial(self.alone, share)
+        if share not in self.recordings:
+            self.recordings[share] = Recorded(partial(self.alone, share), torch.cuda.graph_pool_handle(), warm=None)
+        return self.recordings[share]
 
     # ------------------------------------------------------------ its parts
 
@@ -193,6 +229,13 @@ class Distillation:
         size = max(1, rows // whole)
         for start in range(0, len(pieces), size):
             yield pieces[start : start + size]
+
+    @property
+    def records(self) -> bool:
+        """Whether the student's passes are recorded: never before a step has shown how much memory they take."""
+        if self.may_record and self.step_count and not self.recordings:
+            self.may_record = has_room_twice(self.device)  # a recording keeps its memory from previews and files
+        return self.may_record and self.step_count > 0
 
     @property
     def steps_done(self) -> int:
@@ -211,9 +254,13 @@ class Distillation:
 
     def be_sparing(self) -> None:
         """Make the modules follow ``economy``, and let go of what an interrupted step has left."""
+        self.recordings.clear()  # they write to the gradients
         self.optimizer.zero_grad()
         graphs = self.spec.cuda_graphs if self.spec.cuda_graphs is not None else not self.economy.checkpointing
-        self.teachers.keep(self.economy.resident, graphs and self.device.type == "cuda")
+        graphs = graphs and self.device.type == "cuda"
+        self.teachers.keep(self.economy.resident, graphs)
+        eager = self.economy.checkpointing or self.critic or self.spec.fused_backward or self.scaler.is_enabled()
+        self.may_record = graphs and not eager
         if self.economy.checkpointing:
             self.student.unet.train().enable_gradient_checkpointing()  # older diffusers do it in train mode alone
         if self.critic:
@@ -259,6 +306,11 @@ class Distillation:
     def load_state(self, path: Path) -> None:
         """Continue where ``save_state`` was called; BadInput for no saved state, or one of another recipe."""
         resume.load(self, path)
+
+
+def tally(styles: Tensor, *losses: Tensor) -> Tensor:
+    """Sums of LOSSES and the number of rows, of each style: (styles, 5)."""
+    return styles.T @ torch.stack([*(rows.detach() for rows in losses), torch.ones_like(losses[0])], 1)
 
 
 def lr_factor(step: int, spec: TrainSpec) -> float:

@@ -148,12 +148,12 @@ def fuse(unet: nn.Module) -> None:
         elif kind == "GEGLU":
             module.__class__ = type(kind, (type(module),), {"forward": _geglu})
     if isinstance(getattr(unet, "conv_act", None), nn.SiLU):
-        _take_over(unet.conv_norm_out, silu=True)  # type: ignore[arg-type]
+        _take_over(unet.conv_norm_out, silu=True)
         unet.conv_act = nn.Identity()
 
 
 def _take_over(norm: nn.GroupNorm, silu: bool) -> None:
-    norm.__class__, norm.silu = Norm, silu  # type: ignore[assignment]
+    norm.__class__, norm.silu = Norm, silu
 
 
 def _power(count: int) -> int:

@@ -1,6 +1,6 @@
-"""Triton kernels for what a UNet does between its matrix products, on feature maps with the channels last.
+"""Triton kernels for what a UNet does between its matrix products, on feature maps with the channels last; and AdamW.
 
-``fused.py`` calls them. A map is (N, H·W, C) in memory; sums are taken in float32, whatever the map's type.
+``fused.py`` and ``at_once.py`` call them. A map is (N, H·W, C) in memory; sums are taken in float32, whatever its type.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def sums_kernel(x_ptr, sums_ptr, positions, channels, SPAN: tl.constexpr, STEP: 
     """Σx and Σx² of each channel over a span of positions: sums (N, spans, 2, C)."""
     row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    first, square = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    first, square = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
     for start in range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & (c < channels)[None, :]
         at = x_ptr + row * positions * channels + p[:, None] * channels + c[None, :]
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        first += tl.sum(x, 0)
-        square += tl.sum(x * x, 0)
+        first += x
+        square += x * x
     to = sums_ptr + (row * spans + span) * 2 * channels + c
-    tl.store(to, first, mask=c < channels)
-    tl.store(to + channels, square, mask=c < channels)
+    tl.store(to, tl.sum(first, 0), mask=c < channels)
+    tl.store(to + channels, tl.sum(square, 0), mask=c < channels)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def gradient_sums_kernel(
     mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
     weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
-    first, second = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    first, second = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
     for start in range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
@@ -107,11 +107,11 @@ def gradient_sums_kernel(
         dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
             dz *= silu_gradient(normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :]))
-        first += tl.sum(dz, 0)
-        second += tl.sum(dz * (x - mean[None, :]) * rstd[None, :], 0)
+        first += dz
+        second += dz * (x - mean[None, :]) * rstd[None, :]
     to = sums_ptr + (row * spans + span) * 2 * channels + c
-    tl.store(to, first, mask=there)
-    tl.store(to + channels, second, mask=there)
+    tl.store(to, tl.sum(first, 0), mask=there)
+    tl.store(to + channels, tl.sum(second, 0), mask=there)
 
 
 @triton.jit
@@ -191,3 +191,52 @@ def geglu_gradient_kernel(x_ptr, dy_ptr, dx_ptr, count, width, BLOCK: tl.constex
     share, slope = gelu_parts(gate)
     tl.store(dx_ptr + at, (dy * gate * share).to(dx_ptr.dtype.element_ty), mask=there)
     tl.store(dx_ptr + at + width, (dy * value * slope).to(dx_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def adamw_values(
+    weight, gradient, first, second, there, noise, clip, lr, beta1, beta2, eps, decay, step_size, root,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    """Update the values at these addresses; ``there``: None, or which of them are values."""
+    p = tl.load(weight, mask=there).to(tl.float32)
+    g = tl.load(gradient, mask=there).to(tl.float32) * clip
+    m = beta1 * tl.load(first, mask=there) + (1 - beta1) * g
+    v = beta2 * tl.load(second, mask=there) + (1 - beta2) * g * g
+    p = p * (1 - lr * decay) - step_size * m / (tl.sqrt(v) / root + eps)
+    tl.store(first, m, mask=there)
+    tl.store(second, v, mask=there)
+    if NARROW:  # to one of the two neighbours, so that the expected value is p (optim.round_at_random_)
+        bits = (p.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)) & 0xFFFF0000
+        p = bits.to(tl.float32, bitcast=True)
+    tl.store(weight, p.to(weight.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def adamw_kernel(
+    places_ptr, sizes_ptr, owner_ptr, start_ptr, clip_ptr, count, seed, lr, beta1, beta2, eps, decay, step_size, root,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AdamW of many tensors at once; a program updates ``BLOCK`` values of one of them.
+
+    ``places`` (4, count): addresses, multiples of 16, of weights, gradients (of one type, bfloat16 if ``NARROW``), and
+    moments (float32).
+    """
+    owner = tl.load(owner_ptr + tl.program_id(0))
+    start = tl.multiple_of(tl.load(start_ptr + tl.program_id(0)), BLOCK)
+    size = tl.load(sizes_ptr + owner)
+    i = start + tl.arange(0, BLOCK)
+    kind = tl.bfloat16 if NARROW else tl.float32
+    at = places_ptr + owner
+    weight = tl.multiple_of(tl.load(at), 16).to(tl.pointer_type(kind)) + i
+    gradient = tl.multiple_of(tl.load(at + count), 16).to(tl.pointer_type(kind)) + i
+    first = tl.multiple_of(tl.load(at + 2 * count), 16).to(tl.pointer_type(tl.float32)) + i
+    second = tl.multiple_of(tl.load(at + 3 * count), 16).to(tl.pointer_type(tl.float32)) + i
+    noise = tl.randint((seed.to(tl.int64) << 32) + owner, i.to(tl.int32), n_rounds=7).to(tl.uint32, bitcast=True)
+    clip = tl.load(clip_ptr)
+    if start + BLOCK <= size:  # without a mask, which would keep the addresses from being read several at a time
+        adamw_values(weight, gradient, first, second, None, noise, clip,
+                     lr, beta1, beta2, eps, decay, step_size, root, NARROW)  # fmt: skip
+    else:
+        adamw_values(weight, gradient, first, second, i < size, noise, clip,
+                     lr, beta1, beta2, eps, decay, step_size, root, NARROW)  # fmt: skip

@@ -40,6 +40,9 @@ class Pipeline:
         return self.unet.config.class_embed_type == "identity"
 
 
+CLIP = "text_model."  # what the names of a text encoder's tensors begin with, in files and up to transformers 4
+
+
 def _build(
     cls: type, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, what: str, path: Path
 ) -> Any:
@@ -47,6 +50,8 @@ def _build(
     with torch.device("meta"):
         module = cls(config) if what == "text encoder" else cls(**config)
     wanted = set(module.state_dict())
+    if what == "text encoder" and not any(key.startswith(CLIP) for key in wanted):  # transformers 5, CLIPTextModel
+        tensors = {key.removeprefix(CLIP): tensor for key, tensor in tensors.items()}
     if missing := sorted(wanted - set(tensors)):
         raise BadInput(f"its {what} lacks {len(missing)} tensors, e.g. {missing[0]}", path, "Is the download complete?")
     state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}

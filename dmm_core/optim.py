@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from dmm_core.at_once import adamw_at_once, clip_factor, fits
 from dmm_core.errors import BadInput
+from dmm_core.fused import works
 from dmm_core.recipe import TrainSpec
 
 EIGHT_BIT = "bitsandbytes"  # the library
@@ -60,13 +62,20 @@ class StochasticAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"eps": 1e-8, **defaults})
         self.places, self.seed, self.fused = places, seed, fused
+        self.clip: Tensor | None = None  # what gradients are multiplied by; where it is there, all are stepped at once
         self.number = 0  # of the step; the counters of its state lie on the device, which would have to be waited for
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for weights in _together([p for p in group["params"] if p.grad is not None]):
-                self.update(weights, group)
+        for number, group in enumerate(self.param_groups):
+            weights = [p for p in group["params"] if p.grad is not None]
+            if self.clip is not None and weights:
+                adamw_at_once(
+                    weights, [self.state[p] for p in weights], group, self.clip, self.number, self.seed + number
+                )
+                continue
+            for some in _together(weights):
+                self.update(some, group)
         self.number += 1
 
     def update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
@@ -192,6 +201,8 @@ class StudentOptimizer:
                 p.register_post_accumulate_grad_hook(self._step_inside)
         else:
             self.optimizers = [self._build(made)]
+        self.at_once = type(self.optimizers[0]) is StochasticAdamW and not spec.fused_backward and works(device)
+        self.at_once = self.at_once and all(fits(group["params"]) for group in made)
         self.done: set[int] = set()  # places that were updated inside this step's backward pass
         for p, optimizer in self._owners():
             if not optimizer.state[p]:
@@ -230,9 +241,16 @@ class StudentOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_factor
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, stay: bool = False) -> None:
+        """Gradients are 0, in their places if they ``stay`` there, else gone."""
+        if not stay:
+            for p in self.parameters:
+                p.grad = None
+            return
         for p in self.parameters:
-            p.grad = None
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        torch._foreach_zero_([p.grad for p in self.parameters])
 
     def step(self, scaler: Any) -> None:
         """Clip and update, unless the backward pass has done so; ``scaler.update`` is the caller's."""
@@ -240,7 +258,10 @@ class StudentOptimizer:
             return
         (optimizer,) = self.optimizers
         scaler.unscale_(optimizer)
-        if self.spec.grad_clip:
+        if self.at_once:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            optimizer.clip = clip_factor(gradients, self.spec.grad_clip)
+        elif self.spec.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.grad_clip)
         scaler.step(optimizer)
 

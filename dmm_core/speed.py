@@ -93,6 +93,12 @@ def side_by_side(work: Callable[[Item], Made], items: Sequence[Item], device: to
             torch.set_num_threads(threads)
 
 
+def has_room_twice(device: torch.device) -> bool:
+    """Whether what was taken of a CUDA device's memory so far is less than half of it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_reserved(device) < total / 2
+
+
 class Recorded:
     """A function of tensors that records its kernels for each shape of them, and replays them (CUDA graphs).
 
@@ -102,16 +108,22 @@ class Recorded:
     Args:
         pool: memory that may be shared with other recordings (``torch.cuda.graph_pool_handle``): what a call gives is
             copied out of it at once, so that the next recording's replay may overwrite it.
+        warm: calls before a recording, in which libraries choose their kernels and compiled blocks are compiled. None:
+            the function may not be called for nothing (it adds to gradients); a shape's first call is not recorded.
     """
 
-    WARM = 2  # calls before the recording, in which libraries choose their kernels and compiled blocks are compiled
+    WARM = 2
 
-    def __init__(self, function: Callable[..., list[Tensor]], pool: Any) -> None:
-        self.function, self.pool = function, pool
+    def __init__(self, function: Callable[..., list[Tensor]], pool: Any, warm: int | None = WARM) -> None:
+        self.function, self.pool, self.warm = function, pool, warm
         self.recordings: dict[Any, tuple[Any, list[Tensor], list[Tensor]]] = {}
+        self._called: set[Any] = set()
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         key = tuple((x.shape, x.dtype) for x in inputs)
+        if self.warm is None and key not in self._called:
+            self._called.add(key)
+            return self.function(*inputs)
         if key not in self.recordings:
             self.recordings[key] = self._record([x.clone() for x in inputs])
         graph, places, outputs = self.recordings[key]
@@ -124,7 +136,7 @@ class Recorded:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(self.WARM):
+            for _ in range(self.warm or 0):
                 self.function(*places)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -97,3 +97,25 @@ def test_a_resumed_run_goes_on_as_the_first(tmp_path, paths):
     again = built(tmp_path / "o.safetensors", paths, **bf16)
     again.load_state(tmp_path / "state.safetensors")
     assert again.step().loss == pytest.approx(run.step().loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("more", [{}, {"micro": 1}, {"weights": "bf16"}, {"feature": 0.1}, {"student": "lora"}])
+def test_recorded_steps_of_the_student_are_the_eager_ones(tmp_path, paths, more):
+    told = []
+    for record in (False, True):
+        run = built(tmp_path / "o.safetensors", paths, device="cuda", cuda_graphs=record, lr=1e-4, **more)
+        losses = [run.step().loss for _ in range(6)]
+        assert sum(len(recorded.recordings) for recorded in run.recordings.values()) == (record > 0)
+        told.append(torch.tensor(losses))
+    torch.testing.assert_close(*told, rtol=2e-2 if "weights" in more else 1e-3, atol=0)
+
+
+def test_what_a_recorded_step_saves_goes_on_elsewhere(tmp_path, paths):
+    recorded = built(tmp_path / "o.safetensors", paths, device="cuda", cuda_graphs=True)
+    for _ in range(5):
+        recorded.step()
+    recorded.save_state(tmp_path / "state.safetensors")
+    eager = built(tmp_path / "o.safetensors", paths, device="cuda", cuda_graphs=True)
+    eager.load_state(tmp_path / "state.safetensors")
+    for _ in range(4):
+        assert eager.step().loss == pytest.approx(recorded.step().loss, rel=1e-3)
