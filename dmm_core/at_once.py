@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # values a program
+BLOCK = 1024  # values a program; with more, it needs too many registers
 ALIGNED = 16  # bytes that addresses are multiples of
 
 
@@ -31,7 +31,10 @@ def clip_factor(gradients: Sequence[Tensor], most: float | None) -> Tensor:
     """What gradients are multiplied by so that their norm together is ``most`` or less: (); nothing waits for it."""
     if not most:
         return torch.ones((), device=gradients[0].device)
-    norm = torch.linalg.vector_norm(torch.stack([part.float() for part in torch._foreach_norm(list(gradients))]))
+    norms = torch._foreach_norm(list(gradients))
+    kinds = dict.fromkeys(norm.dtype for norm in norms)  # bfloat16 weights, and the codebook's
+    parts = [torch.stack([norm for norm in norms if norm.dtype == kind]).float() for kind in kinds]
+    norm = torch.linalg.vector_norm(torch.cat(parts))
     return (most / (norm + 1e-6)).clamp(max=1.0)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEP = 16  # positions that a program reads at a time
+STEP = 32  # positions that a program reads at a time
 BLOCK = 1024  # values a program of GEGLU
 
 
@@ -47,9 +47,9 @@ class GroupNormSiLU(torch.autograd.Function):
         sums = torch.empty(rows, grid[1], 2, channels, device=x.device)
         mean, rstd = torch.empty(2, rows, groups, device=x.device)
         y = torch.empty_like(x)
-        k.sums_kernel[grid](x, sums, positions, channels, **each)
+        k.sums_kernel[grid](x, sums, positions, channels, size, **each)
         k.statistics_kernel[rows, groups](
-            sums, mean, rstd, grid[1], positions, channels, size, eps, GROUP=_power(size)
+            x, sums, mean, rstd, grid[1], positions, channels, size, eps, GROUP=_power(size)
         )  # fmt: skip
         k.normalise_kernel[grid](x, y, mean, rstd, weight, bias, positions, channels, size, SILU=silu, **each)
         ctx.save_for_backward(x, weight, bias, mean, rstd)

@@ -24,16 +24,22 @@ def silu_gradient(z):
 
 
 @triton.jit
-def sums_kernel(x_ptr, sums_ptr, positions, channels, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr):
-    """Σx and Σx² of each channel over a span of positions: sums (N, spans, 2, C)."""
+def sums_kernel(
+    x_ptr, sums_ptr, positions, channels, size, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Σ(x − k) and Σ(x − k)² of each channel over a span of positions: sums (N, spans, 2, C).
+
+    k is the first value of the channel's group: where all are far from 0, their squares would hide the variance.
+    """
     row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    near = tl.load(x_ptr + row * positions * channels + (c // size) * size, mask=c < channels, other=0.0).to(tl.float32)
     first, square = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
-    for start in range(0, SPAN, STEP):
+    for start in tl.static_range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & (c < channels)[None, :]
         at = x_ptr + row * positions * channels + p[:, None] * channels + c[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32) - near[None, :], 0.0)
         first += x
         square += x * x
     to = sums_ptr + (row * spans + span) * 2 * channels + c
@@ -43,7 +49,7 @@ def sums_kernel(x_ptr, sums_ptr, positions, channels, SPAN: tl.constexpr, STEP: 
 
 @triton.jit
 def statistics_kernel(
-    sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps, GROUP: tl.constexpr
+    x_ptr, sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps, GROUP: tl.constexpr
 ):  # fmt: skip
     """Mean and 1/σ of each group of ``size`` channels: (N, G)."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -57,8 +63,9 @@ def statistics_kernel(
     count = positions * size * 1.0
     mean = tl.sum(first, 0) / count
     variance = tl.maximum(tl.sum(square, 0) / count - mean * mean, 0.0)
+    near = tl.load(x_ptr + row * positions * channels + group * size).to(tl.float32)
     to = row * tl.num_programs(1) + group
-    tl.store(mean_ptr + to, mean)
+    tl.store(mean_ptr + to, mean + near)
     tl.store(rstd_ptr + to, 1.0 / tl.sqrt(variance + eps))
 
 
@@ -74,7 +81,7 @@ def normalise_kernel(
     mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
     weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
-    for start in range(0, SPAN, STEP):
+    for start in tl.static_range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
         at = row * positions * channels + p[:, None] * channels + c[None, :]
@@ -228,10 +235,10 @@ def adamw_kernel(
     i = start + tl.arange(0, BLOCK)
     kind = tl.bfloat16 if NARROW else tl.float32
     at = places_ptr + owner
-    weight = tl.multiple_of(tl.load(at), 16).to(tl.pointer_type(kind)) + i
-    gradient = tl.multiple_of(tl.load(at + count), 16).to(tl.pointer_type(kind)) + i
-    first = tl.multiple_of(tl.load(at + 2 * count), 16).to(tl.pointer_type(tl.float32)) + i
-    second = tl.multiple_of(tl.load(at + 3 * count), 16).to(tl.pointer_type(tl.float32)) + i
+    weight = tl.multiple_of(tl.load(at).to(tl.pointer_type(kind)), 16) + i
+    gradient = tl.multiple_of(tl.load(at + count).to(tl.pointer_type(kind)), 16) + i
+    first = tl.multiple_of(tl.load(at + 2 * count).to(tl.pointer_type(tl.float32)), 16) + i
+    second = tl.multiple_of(tl.load(at + 3 * count).to(tl.pointer_type(tl.float32)), 16) + i
     noise = tl.randint((seed.to(tl.int64) << 32) + owner, i.to(tl.int32), n_rounds=7).to(tl.uint32, bitcast=True)
     clip = tl.load(clip_ptr)
     if start + BLOCK <= size:  # without a mask, which would keep the addresses from being read several at a time

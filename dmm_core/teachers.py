@@ -142,11 +142,16 @@ class Teachers:
             self._unets.popitem(last=False)
 
     def _prefetch(self, index: int) -> None:
-        """Teacher ``index`` has been asked: bring the one that comes after it, if its weights are not there."""
-        if self._next and self._next[0] == index:
-            self._next.popleft()
-            if self._next and self._next[0] not in self._unets:
-                self._bring(self._next[0])
+        """Teacher ``index`` has been asked: bring those that come after it, as many as have a place beside it."""
+        if not self._next or self._next[0] != index:
+            return
+        self._next.popleft()
+        coming = list(dict.fromkeys(other for other in self._next if other != index))
+        for other in coming[: max(1, self.resident - 1)]:
+            if other in self._unets:
+                self._unets.move_to_end(other)  # it is not the one that gives way to the next
+            else:
+                self._bring(other)
 
     # ------------------------------------------------------------ prompts and predictions
 

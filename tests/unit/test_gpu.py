@@ -99,7 +99,9 @@ def test_a_resumed_run_goes_on_as_the_first(tmp_path, paths):
     assert again.step().loss == pytest.approx(run.step().loss, rel=1e-2)
 
 
-@pytest.mark.parametrize("more", [{}, {"micro": 1}, {"weights": "bf16"}, {"feature": 0.1}, {"student": "lora"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"micro": 1}, {"weights": "bf16", "precision": "auto"}, {"feature": 0.1}, {"student": "lora"}],
+)  # fmt: skip
 def test_recorded_steps_of_the_student_are_the_eager_ones(tmp_path, paths, more):
     told = []
     for record in (False, True):
