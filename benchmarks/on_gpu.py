@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Part:
-    """``line``: a script of this folder and its arguments; ``seconds``: about what it takes on an H100."""
+    """``line``: a script of this folder and its arguments; ``seconds``: about what it takes on an H200."""
 
     name: str
     seconds: int
@@ -33,17 +33,17 @@ class Part:
 
 
 FAST = "two teachers a step"
-SPEEDS = ("plain", "all resident", FAST, "two teachers a step, resident 3", "resident 1, a pass a teacher",
+SPEEDS = ("plain", FAST, "two teachers a step, resident 3", "all resident", "resident 1, a pass a teacher",
           "all resident, a pass a teacher")  # fmt: skip
 SD15, SDXL = ("--batch", "2", "--steps", "5"), ("--family", "sdxl", "--batch", "2", "--steps", "3")
 PARTS = (
-    Part("sd15-speeds", 90, ("train_step.py", *SD15, "--parts", "speeds", "--only", *SPEEDS)),
-    Part("sdxl-speeds", 100, ("train_step.py", *SDXL, "--parts", "speeds", "--only", "plain", "all resident", FAST)),
-    Part("sd15-memory", 40, ("train_step.py", *SD15, "--parts", "memory")),
-    Part("sdxl-memory", 60, ("train_step.py", *SDXL, "--parts", "memory")),
-    Part("planner", 90, ("plan_peak.py", "--teachers", "2", "--only", "LoRA", "full, 8-bit")),
-    Part("sd15-8-rows", 30, ("train_step.py", "--batch", "1", "--parts", "speeds", "--only", "plain", FAST)),
-    Part("sd15-24-rows", 40, ("train_step.py", "--batch", "3", "--parts", "speeds", "--only", "plain", FAST)),
+    Part("sdxl-speeds", 90, ("train_step.py", *SDXL, "--parts", "speeds", "--only", "plain", FAST)),
+    Part("sd15-memory", 60, ("train_step.py", *SD15, "--parts", "memory")),
+    Part("sd15-speeds", 100, ("train_step.py", *SD15, "--parts", "speeds", "--only", *SPEEDS)),
+    Part("sdxl-memory", 80, ("train_step.py", *SDXL, "--parts", "memory")),
+    Part("planner", 120, ("plan_peak.py", "--teachers", "2", "--only", "LoRA", "full, 8-bit")),
+    *(Part(f"sd15-{8 * batch}-rows", 50, ("train_step.py", "--batch", str(batch), "--steps", "5", "--parts", "speeds",
+                                          "--only", "plain", FAST)) for batch in (1, 3)),
     Part("sd15-profile", 40, ("train_step.py", *SD15, "--parts", "profile", "--only", FAST)),
     Part("sd15-compiled", 300, ("train_step.py", *SD15, "--parts", "speeds", "--compile", "--only", "plain", FAST,
                                 "two teachers a step, compiled")),
@@ -66,9 +66,11 @@ def run(part: Part, out: Path, more: Sequence[str], limit: float) -> str:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)  # its children too, which hold the device's memory
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return f"stopped after {limit:.0f} s; {part.name}.log has what it told until then"
     told = "done" if code == 0 else f"failed ({code}), see {part.name}.log"
     return f"{told}, {time.monotonic() - began:.0f} s"
@@ -82,6 +84,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     end = time.monotonic() + 60 * args.minutes
     for part in PARTS:
         if (args.only and part.name not in args.only) or (args.out / f"{part.name}.json").exists():

@@ -95,9 +95,9 @@ class Subjects:
         checkpoints = self.checkpoints[:teachers]
         precision = choose_precision(spec.precision, self.device.type, spec.weights)
         last = wants_channels_last(spec.channels_last, self.device)
-        pool = Teachers(checkpoints, self.device, DTYPES[precision], spec.resident, last, spec.compile)
-        if pool.resident < len(checkpoints) and isinstance(checkpoints[0], RandomTeacher):
-            pool._store = self.store = self.store or pinned_store(checkpoints, DTYPES[precision], last)
+        kind = RandomTeachers if isinstance(checkpoints[0], RandomTeacher) else Teachers
+        pool = kind(checkpoints, self.device, DTYPES[precision], spec.resident, last, spec.compile)
+        pool._store = self.store
         pool._embeddings = dict.fromkeys(range(len(checkpoints)), self.context.to(DTYPES[precision]))
         names = tuple(checkpoint.path.stem for checkpoint in checkpoints)
         student = Student.start(
@@ -105,14 +105,26 @@ class Subjects:
             spec.rank if spec.student == "lora" else None,
         ).to(self.device)  # fmt: skip
         quicken(student.unet, last, spec.compile)
+        if pool.resident < len(checkpoints):
+            self.store = pool.store  # for the next one too
         data = LatentData([str(i) for i in range(64)], [Pool(self.latents, torch.arange(64))], 0.1)
         return Distillation(student, pool, data, self.context, spec, precision)
 
 
-def pinned_store(teachers: list[RandomTeacher], dtype: torch.dtype, channels_last: bool) -> HostStore:
+class RandomTeachers(Teachers):
+    """Teachers that lie in no file."""
+
+    @property
+    def store(self) -> HostStore:
+        if self._store is None:
+            self._store = pinned_store(self.checkpoints, self.dtype, self.channels_last)
+        return self._store
+
+
+def pinned_store(teachers: list[Any], dtype: torch.dtype, channels_last: bool) -> HostStore:
     """What ``residency.host_store`` makes of files."""
     store = HostStore(dtype, True, channels_last)
-    store._teachers = {teacher: {k: store._pin(v) for k, v in teacher.unet().items()} for teacher in teachers}  # type: ignore[misc]
+    store._teachers = {teacher: {k: store._pin(v) for k, v in teacher.unet().items()} for teacher in teachers}
     return store
 
 

@@ -190,12 +190,16 @@ class Bench:
             for batch in (1, self.batch):
 
                 def work(more: dict[str, Any] = more, batch: int = batch) -> dict[str, int]:
+                    left = (
+                        torch.cuda.memory_allocated()
+                    )  # of what was measured before; nothing, or the figures are wrong
                     run = self.subjects.distillation(self.spec(**{**more, "batch": batch}), teachers=2)
-                    torch.cuda.empty_cache()
+                    self.clear()
                     for _ in range(3):
                         if run.step().warnings:
                             raise torch.cuda.OutOfMemoryError("had to step down")
                     return {
+                        "left before": left,
                         "allocated": torch.cuda.max_memory_allocated(),
                         "reserved": torch.cuda.max_memory_reserved(),
                     }

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -197,8 +198,9 @@ class StudentOptimizer:
         if spec.fused_backward:
             each = [{**group, "params": [p]} for group in made for p in group["params"]]
             self.optimizers = [self._build([group]) for group in each]
+            inside = WeakMethod(self._step_inside)  # torch holds hooks where the garbage collector cannot see them
             for p in self.parameters:
-                p.register_post_accumulate_grad_hook(self._step_inside)
+                p.register_post_accumulate_grad_hook(lambda p: step(p) if (step := inside()) else None)
         else:
             self.optimizers = [self._build(made)]
         self.at_once = type(self.optimizers[0]) is StochasticAdamW and not spec.fused_backward and works(device)

@@ -178,3 +178,20 @@ def test_no_encoder_and_no_vae_stays(tmp_path, paths):
     gc.collect()
     left = [o for o in gc.get_objects() if isinstance(o, (AutoencoderTiny, CLIPTextModel))]
     assert not left and distillation.context.tokens.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"fused_backward": True}, {"student": "lora"}, {"weights": "bf16", "precision": "auto"}]
+)
+def test_a_merge_that_is_over_leaves_nothing_behind(tmp_path, paths, more):
+    """The next stage, in the same process, needs the memory."""
+    import gc
+    import weakref
+
+    run = built(tmp_path / "o.safetensors", paths[:2], **more)
+    run.step()
+    held = [run.student.unet, run.optimizer, run.learned[0], *(slot.unet for slot in run.teachers._unets.values())]
+    left = [weakref.ref(thing) for thing in held]
+    del run, held
+    gc.collect()
+    assert len(left) == 5 and not [ref() for ref in left if ref() is not None]
