@@ -8,8 +8,7 @@ for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,14 @@ from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
-from dmm_core.fewstep import INSIDE, path_end, path_loss
-from dmm_core.losses import BlockFeatures, feature_loss, score_loss, timestep_weights
+from dmm_core.fewstep import INSIDE, path_end
+from dmm_core.losses import timestep_weights
 from dmm_core.optim import StudentOptimizer
+from dmm_core.passes import Passes, tally
 from dmm_core.ranks import Alone
 from dmm_core.recipe import TrainSpec
 from dmm_core.result import LOSSES, StepResult
-from dmm_core.speed import Recorded, has_room_twice, to_device
+from dmm_core.speed import to_device
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
@@ -85,8 +85,9 @@ class Distillation:
         self.step_count = self.samples_seen = 0
         self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
-        self.recordings: dict[int, Recorded] = {}
-        self.may_record = False
+        self.passes = Passes(
+            student, spec, precision, self.scaler, teachers.prediction_type, context.pooled is not None
+        )
         self.economy = Economy(rows, spec.checkpointing, teachers.resident, splits=not spec.fused_backward)
         self.be_sparing()
 
@@ -107,6 +108,7 @@ class Distillation:
             self.critic.step(self.scaler, self.ranks)
         self.scaler.update()
         self.update_average()
+        self.passes.step_over()
         self.samples_seen += len(self.turn(self.step_count)) * self.spec.batch
         self.step_count += 1
         names = self.student.codebook.names
@@ -121,7 +123,7 @@ class Distillation:
         batches = [self.data.draw(teacher, self.spec.batch, self.rng, again, size) for teacher in turn]
         sums = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
         for optimizer in self.optimizers:
-            optimizer.zero_grad(stay=self.records)
+            optimizer.zero_grad(stay=self.passes.recorded)
         parts = list(self.parts(self.ranks.mine(batches)))
         later = self.ranks.mine(self.turn(self.step_count + 1))
         times = INSIDE if self.spec.few_step else 1
@@ -162,59 +164,17 @@ class Distillation:
         given = (x_t, t, styles, weights, wanted, context.tokens)
         given += () if context.pooled is None else (context.pooled,)
         if not self.critic:
-            (sums,) = self.recorded(share)(*given, *features)
-            return sums
-        eps, loss, score, feature = self.losses(*given, *features)
+            return self.passes.learn(share, *given, *features)
+        eps, loss, score, feature = self.passes.losses(*given, *features)
         again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
         t_again, noise, style = to_device((*again, which), self.device)
         mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
         adversarial = self.critic.fool(mine, t_again, noise, context, style)
-        scaled = partial(self.scaled, share)
+        scaled = partial(self.passes.scaled, share)
         scaled(loss + self.spec.adversarial * adversarial).backward()
         # now that the student's activations are gone
         discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         return tally(styles, score, feature, adversarial, discriminator)
-
-    def losses(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The student's ε, and of each row the loss without the adversarial one, the score loss and the feature loss.
-
-        Args:
-            given: x_t, t, styles, weights of the score loss, what the teachers said, the prompts' embeddings (one
-                tensor or two), and the teachers' feature maps if they count.
-        """
-        x_t, t, styles, weights, wanted, tokens, *more = given
-        context = Context(tokens, None if self.context.pooled is None else more.pop(0))
-        with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
-            eps = self.student(x_t, t, context, styles)
-        if self.spec.few_step:
-            score = path_loss(eps, wanted, x_t, t, self.teachers.prediction_type)
-        else:
-            score = score_loss(eps, wanted)
-        loss = self.spec.score * score * weights
-        feature = torch.zeros_like(score)
-        if self.spec.feature > 0:
-            feature = feature_loss(blocks.take(), more)
-            loss = loss + self.spec.feature * feature
-        return eps, loss, score, feature
-
-    def scaled(self, share: int, rows: Tensor) -> Tensor:
-        """The part of a step's loss that these rows are."""
-        return self.scaler.scale(rows.sum() / (share * self.spec.batch))
-
-    def alone(self, share: int, *given: Tensor) -> list[Tensor]:
-        """``learn`` without a discriminator."""
-        _, loss, score, feature = self.losses(*given)
-        self.scaled(share, loss).backward()
-        nothing = torch.zeros_like(score)
-        return [tally(given[2], score, feature, nothing, nothing)]
-
-    def recorded(self, share: int) -> Callable[..., list[Tensor]]:
-        """``alone``, with its kernels recorded where that pays (``speed.Recorded``)."""
-        if not self.records:
-            return partial(self.alone, share)
-        if share not in self.recordings:
-            self.recordings[share] = Recorded(partial(self.alone, share), torch.cuda.graph_pool_handle(), warm=None)
-        return self.recordings[share]
 
     # ------------------------------------------------------------ its parts
 
@@ -231,13 +191,6 @@ class Distillation:
             yield pieces[start : start + size]
 
     @property
-    def records(self) -> bool:
-        """Whether the student's passes are recorded: never before a step has shown how much memory they take."""
-        if self.may_record and self.step_count and not self.recordings:
-            self.may_record = has_room_twice(self.device)  # a recording keeps its memory from previews and files
-        return self.may_record and self.step_count > 0
-
-    @property
     def steps_done(self) -> int:
         """Over all stages."""
         return self.steps_before + self.step_count
@@ -246,21 +199,13 @@ class Distillation:
     def optimizers(self) -> list[StudentOptimizer]:
         return [self.optimizer, *([self.critic.optimizer] if self.critic else [])]
 
-    def autocast(self):
-        """For float32 weights under another precision; bfloat16 weights, like the teachers', compute in their type."""
-        if self.precision == "fp32" or self.spec.weights == "bf16":
-            return nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
-
     def be_sparing(self) -> None:
         """Make the modules follow ``economy``, and let go of what an interrupted step has left."""
-        self.recordings.clear()  # they write to the gradients
         self.optimizer.zero_grad()
         graphs = self.spec.cuda_graphs if self.spec.cuda_graphs is not None else not self.economy.checkpointing
         graphs = graphs and self.device.type == "cuda"
         self.teachers.keep(self.economy.resident, graphs)
-        eager = self.economy.checkpointing or self.critic or self.spec.fused_backward or self.scaler.is_enabled()
-        self.may_record = graphs and not eager
+        self.passes.record(graphs and not self.economy.checkpointing and not self.critic)
         if self.economy.checkpointing:
             self.student.unet.train().enable_gradient_checkpointing()  # older diffusers do it in train mode alone
         if self.critic:
@@ -306,11 +251,6 @@ class Distillation:
     def load_state(self, path: Path) -> None:
         """Continue where ``save_state`` was called; BadInput for no saved state, or one of another recipe."""
         resume.load(self, path)
-
-
-def tally(styles: Tensor, *losses: Tensor) -> Tensor:
-    """Sums of LOSSES and the number of rows, of each style: (styles, 5)."""
-    return styles.T @ torch.stack([*(rows.detach() for rows in losses), torch.ones_like(losses[0])], 1)
 
 
 def lr_factor(step: int, spec: TrainSpec) -> float:

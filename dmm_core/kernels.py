@@ -213,7 +213,7 @@ def adamw_values(
     p = p * (1 - lr * decay) - step_size * m / (tl.sqrt(v) / root + eps)
     tl.store(first, m, mask=there)
     tl.store(second, v, mask=there)
-    if NARROW:  # to one of the two neighbours, so that the expected value is p (optim.round_at_random_)
+    if NARROW:  # to one of the two neighbours, so that the expected value is p (adamw.round_at_random_)
         bits = (p.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)) & 0xFFFF0000
         p = bits.to(tl.float32, bitcast=True)
     tl.store(weight, p.to(weight.dtype.element_ty), mask=there)

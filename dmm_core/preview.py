@@ -76,7 +76,7 @@ class Preview:
     def _sample(self, unet: Any, context: Any, style: Tensor | None, kind: Any = None) -> Tensor:
         run, spec = self.merge.distillation, self.merge.recipe.data
         kind = kind or {"prediction_type": self.merge.sources.base.prediction_type}
-        with run.autocast():
+        with run.passes.autocast():
             return sample_latents(
                 unet, context(torch.tensor(self.prompts)), initial_noise(range(len(self.prompts)), self.size),
                 steps=STEPS, cfg_scale=spec.cfg_scale, negative=context(torch.tensor([len(run.data.prompts) - 1])),

@@ -86,7 +86,8 @@ class TrainSpec:
     random; ``optimizer`` adamw8bit needs bitsandbytes; ``fused_backward`` updates each weight as soon as its
     gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice instead
     of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly),
-    ``cuda_graphs`` of the teachers (None: on CUDA, unless ``checkpointing`` tells that memory is short).
+    ``cuda_graphs`` of the teachers, and of the student where there is memory twice over (None: on CUDA, unless
+    ``checkpointing`` tells that memory is short).
     """
 
     start: Literal["average", "base"] = "average"

@@ -147,7 +147,8 @@ class Teachers:
             return
         self._next.popleft()
         coming = list(dict.fromkeys(other for other in self._next if other != index))
-        for other in coming[: max(1, self.resident - 1)]:
+        over = bool(self._next) and self._next[0] != index  # then the only place there is may be taken, too
+        for other in coming[: max(over, self.resident - 1)]:
             if other in self._unets:
                 self._unets.move_to_end(other)  # it is not the one that gives way to the next
             else:

@@ -107,7 +107,7 @@ def test_recorded_steps_of_the_student_are_the_eager_ones(tmp_path, paths, more)
     for record in (False, True):
         run = built(tmp_path / "o.safetensors", paths, device="cuda", cuda_graphs=record, lr=1e-4, **more)
         losses = [run.step().loss for _ in range(6)]
-        assert sum(len(recorded.recordings) for recorded in run.recordings.values()) == (record > 0)
+        assert sum(len(recorded.recordings) for recorded in run.passes.recordings.values()) == (record > 0)
         told.append(torch.tensor(losses))
     torch.testing.assert_close(*told, rtol=2e-2 if "weights" in more else 1e-3, atol=0)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmm_core.optim import TOGETHER, StochasticAdamW, StudentOptimizer, round_at_random_
+from dmm_core.adamw import TOGETHER, StochasticAdamW, round_at_random_
+from dmm_core.optim import StudentOptimizer
 from dmm_core.recipe import TrainSpec
 
 

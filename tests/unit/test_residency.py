@@ -83,6 +83,18 @@ def test_the_next_teacher_comes_while_the_present_one_works(checkpoints):
         assert teachers.loads == loads
 
 
+def test_as_many_come_ahead_as_have_a_place(checkpoints):
+    teachers = Teachers(checkpoints, resident=3)
+    teachers._embeddings = dict.fromkeys(range(4), Context(torch.zeros(1, 77, 64)))
+    ask = lambda index: teachers.predict(index, torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.tensor([0]))  # noqa: E731
+    teachers.expect([0, 0, 1, 2, 3])
+    for _ in range(2):
+        ask(0)
+        assert set(teachers._unets) == {0, 1, 2}
+    ask(1)
+    assert set(teachers._unets) == {1, 2, 3} and teachers.loads == 4
+
+
 def test_an_unexpected_teacher_is_served_too(checkpoints, expected):
     teachers = Teachers(checkpoints, resident=1)
     predictions(teachers)
