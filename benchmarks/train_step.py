@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Bench:
         return self.batch * self.teachers
 
     def spec(self, **more: Any) -> TrainSpec:
-        return TrainSpec(**{"batch": self.batch, "feature": FEATURE_WEIGHT, "warmup": 0, **more})  # type: ignore[arg-type]
+        return TrainSpec(**{"batch": self.batch, "feature": FEATURE_WEIGHT, "warmup": 0, **more})
 
     def variants(self) -> dict[str, Callable[[], Any]]:
         """What is timed, by name: each call builds a thing with a ``step``."""
@@ -85,11 +86,12 @@ class Bench:
             pairs["two teachers a step, compiled"] = {**few, "compile": True}
             pairs["resident 1, a pass a teacher, compiled"] = {**fast, "resident": 1, "micro": 1, "compile": True}
         made: dict[str, Callable[[], Any]] = {
-            name: (lambda sparing=sparing: PlainStep(
-                s.unet, s.latents, s.context[:64], self.rows, DTYPES[self.half], self.device, sparing
-            )) for name, sparing in (("plain", False), ("plain, checkpointing", True))
-        }  # fmt: skip
-        made |= {name: (lambda more=more: s.distillation(self.spec(**more))) for name, more in pairs.items()}
+            name: partial(
+                PlainStep, s.unet, s.latents, s.context[:64], self.rows, DTYPES[self.half], self.device, sparing
+            )
+            for name, sparing in (("plain", False), ("plain, checkpointing", True))
+        }
+        made |= {name: partial(s.distillation, self.spec(**more)) for name, more in pairs.items()}
         return {name: make for name, make in made.items() if name in (self.args.only or made)}
 
     def seconds(self, thing: Any) -> list[float]:

@@ -60,7 +60,7 @@ def own_share(host: Any, job: Any) -> float:
 
         return run
 
-    places = [(hook.LIVE, "_before"), (hook.LIVE, "_after"), (hook.LIVE, "step")]
+    places: list[tuple[Any, str]] = [(hook.LIVE, "_before"), (hook.LIVE, "_after"), (hook.LIVE, "step")]
     places += [(session.SESSION, name) for name in ("begin", "tag", "refresh", "batch", "end")]
     for place, name in places:
         setattr(place, name, timed(getattr(place, name)))

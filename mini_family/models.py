@@ -89,7 +89,7 @@ def silence(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def save_lora(path: Path, adapters: Adapters) -> None:
     """Low-rank changes of a UNet as a LoRA file in kohya's names, float16."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         flat = "lora_unet_" + name.replace("/", "_")
         rank = len(layer.down)

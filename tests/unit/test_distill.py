@@ -49,6 +49,23 @@ def built(out: Path, teachers: list[Path], **train):
     return ready(made, open_sources(made), LatentData(["a", "b"], [pool], 0.5))
 
 
+@pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1}])
+def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, monkeypatch, more):
+    """As recordings of the student's passes want them; test_gpu.py has the recordings."""
+    monkeypatch.setattr("dmm_core.passes.Recorded", lambda function, pool, warm: function)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    told = []
+    for stay in (False, True):
+        run, places = built(tmp_path / "o.safetensors", teachers, **more), set()
+        for _ in range(3):
+            run.passes.recorded = stay
+            run.step()
+            places |= {p.grad.data_ptr() for p in run.learned}
+        assert len(run.passes.recordings) == stay and (len(places) == len(run.learned) or not stay)
+        told.append([p.detach() for p in run.learned])
+    assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
+
+
 def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     """Law 8: one draw of x_t, t, noise and prompt drop; each side looks the prompt up in its own encoder's table."""
     distillation = built(tmp_path / "o.safetensors", teachers)
