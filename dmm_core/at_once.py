@@ -6,6 +6,7 @@ an H200, all of it launching (docs/results.md).
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +17,31 @@ from torch import Tensor
 
 BLOCK = 1024  # values a program; with more, it needs too many registers
 ALIGNED = 16  # bytes that addresses are multiples of
+
+
+@cache
+def works(device: torch.device) -> bool:
+    """Whether Triton is here and builds the kernel rightly on a device of this kind."""
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return False
+    try:
+        return right(device)
+    except Exception:  # whatever the compiler, the driver or Triton itself has to say
+        return False
+
+
+def right(device: torch.device) -> bool:
+    """Whether a first step goes as far as AdamW's first step does: the learning rate."""
+    group = {"lr": 0.25, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.ones(BLOCK + 3, device=device, dtype=dtype)
+        p.grad = torch.ones_like(p)
+        state = {name: torch.zeros(len(p), device=device) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] = torch.zeros((), device=device)
+        adamw_at_once([p], [state], group, clip_factor([p.grad], None), 0, 0)
+        if not torch.allclose(p.float(), torch.full((len(p),), 0.75, device=device), atol=0.01):
+            return False
+    return True
 
 
 def fits(weights: Sequence[Tensor]) -> bool:

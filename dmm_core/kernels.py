@@ -18,6 +18,16 @@ def normed(x, mean, rstd, weight, bias):
 
 
 @triton.jit
+def of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size):
+    """Mean and 1/σ of these channels' groups, and their weights and biases: (1, channels) each."""
+    there = c < channels
+    group = row * (channels // size) + c // size
+    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
+    weight, bias = tl.load(weight_ptr + c, mask=there), tl.load(bias_ptr + c, mask=there)
+    return mean[None, :], rstd[None, :], weight.to(tl.float32)[None, :], bias.to(tl.float32)[None, :]
+
+
+@triton.jit
 def silu_gradient(z):
     s = tl.sigmoid(z)
     return s * (1 + z * (1 - s))
@@ -77,16 +87,13 @@ def normalise_kernel(
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
-    group = row * (channels // size) + c // size
-    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
-    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
     for start in tl.static_range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
         at = row * positions * channels + p[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
-        z = normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :])
+        z = normed(x, mean, rstd, weight, bias)
         if SILU:
             z = z * tl.sigmoid(z)
         tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=inside)
@@ -101,10 +108,7 @@ def gradient_sums_kernel(
     row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
-    group = row * (channels // size) + c // size
-    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
-    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
     first, second = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
     for start in range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
@@ -113,9 +117,9 @@ def gradient_sums_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
-            dz *= silu_gradient(normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :]))
+            dz *= silu_gradient(normed(x, mean, rstd, weight, bias))
         first += dz
-        second += dz * (x - mean[None, :]) * rstd[None, :]
+        second += dz * (x - mean) * rstd
     to = sums_ptr + (row * spans + span) * 2 * channels + c
     tl.store(to, tl.sum(first, 0), mask=there)
     tl.store(to + channels, tl.sum(second, 0), mask=there)
@@ -150,11 +154,10 @@ def gradient_kernel(
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
+    mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
     group = row * (channels // size) + c // size
-    mean, rstd = tl.load(mean_ptr + group, mask=there), tl.load(rstd_ptr + group, mask=there)
-    first, second = tl.load(first_ptr + group, mask=there), tl.load(second_ptr + group, mask=there)
-    weight = tl.load(weight_ptr + c, mask=there).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=there).to(tl.float32)
+    first = tl.load(first_ptr + group, mask=there)[None, :]
+    second = tl.load(second_ptr + group, mask=there)[None, :]
     for start in range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
@@ -162,9 +165,9 @@ def gradient_kernel(
         x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
         dz = tl.load(dy_ptr + at, mask=inside).to(tl.float32)
         if SILU:
-            dz *= silu_gradient(normed(x, mean[None, :], rstd[None, :], weight[None, :], bias[None, :]))
-        unit = (x - mean[None, :]) * rstd[None, :]
-        dx = (dz * weight[None, :] - first[None, :] - unit * second[None, :]) * rstd[None, :]
+            dz *= silu_gradient(normed(x, mean, rstd, weight, bias))
+        unit = (x - mean) * rstd
+        dx = (dz * weight - first - unit * second) * rstd
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

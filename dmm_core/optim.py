@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dmm_core.adamw import EightBitAdamW, StochasticAdamW, adam_state
-from dmm_core.at_once import clip_factor, fits
+from dmm_core.at_once import clip_factor, fits, works
 from dmm_core.errors import BadInput
-from dmm_core.fused import works
 from dmm_core.recipe import TrainSpec
 
 EIGHT_BIT = "bitsandbytes"  # the library

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from dmm_core import at_once
+from dmm_core import at_once, fused
 from tests.unit.test_fused import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -100,3 +100,12 @@ def test_which_weights_lie_as_the_kernel_needs_them():
     assert at_once.fits([whole, whole.t(), whole[1:]])
     assert not at_once.fits([whole[:, :4]]) and not at_once.fits([whole.flatten()[1:]])
     assert not at_once.fits([whole.half()])
+
+
+def test_what_is_asked_of_a_device_before_it_is_trusted(monkeypatch):
+    device = torch.device(DEVICE)
+    with torch.no_grad():
+        assert fused.right(device) and at_once.right(device)
+    monkeypatch.setattr(at_once, "adamw_at_once", lambda *args: None)
+    monkeypatch.setattr(fused.Gated, "apply", lambda x: x[..., :32])
+    assert not fused.right(device) and not at_once.right(device)

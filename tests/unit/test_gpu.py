@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dmm_core import at_once, fused
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
 from dmm_core.distill import Distillation
@@ -121,3 +122,8 @@ def test_what_a_recorded_step_saves_goes_on_elsewhere(tmp_path, paths):
     eager.load_state(tmp_path / "state.safetensors")
     for _ in range(4):
         assert eager.step().loss == pytest.approx(recorded.step().loss, rel=1e-3)
+
+
+def test_the_kernels_work_here():
+    """Without them training goes on, slower; here they are expected."""
+    assert at_once.works(torch.device("cuda")) and fused.works(torch.device("cuda"))
