@@ -16,8 +16,29 @@ MAX_WEIGHT = 10.0  # of a timestep, before the weights are brought to mean 1
 
 
 def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 9: squared error between noise predictions (B, C, H, W), a mean a row: (B,)."""
+    """Eq. 9: squared error between noise predictions (B, C, H, W), a mean a row: (B,), float32."""
+    if student.dtype == teacher.dtype and student.dtype in (torch.bfloat16, torch.float16):
+        return RowError.apply(student, teacher)
     return F.mse_loss(student.float(), teacher.float(), reduction="none").flatten(1).mean(1)
+
+
+class RowError(torch.autograd.Function):
+    """The same of half-precision maps, without copies in float32, which the backward pass would keep of every block."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        difference = student - teacher
+        axes = tuple(range(1, student.ndim))
+        return torch.linalg.vector_norm(difference, dim=axes, dtype=torch.float32).square() / student[0].numel()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        scale = (2 / student[0].numel()) * gradient
+        return (student - teacher).mul_(
+            scale.view(-1, *[1] * (student.ndim - 1))
+        ), None  # a float32 product, rounded once
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
