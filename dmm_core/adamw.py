@@ -21,7 +21,9 @@ def round_at_random_(x: Tensor, generator: torch.Generator) -> None:
     A bfloat16 is the upper half of a float32; uniform bits are added to the lower half, which then is cut off.
     """
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    broken = x.isnan()
     x.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+    x.masked_fill_(broken, torch.nan)  # which the sum may have made a 0, that nobody would notice
 
 
 def adam_state(p: Tensor, fused: bool) -> dict[str, Any]:
@@ -37,9 +39,9 @@ def adam_state(p: Tensor, fused: bool) -> dict[str, Any]:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bfloat16 weights: torch's own step on float32 copies, float32 moments, new weights rounded at random.
 
-    Many weights are copied, stepped and rounded together. Their random bits follow from seed, step and the place of the
-    first of them alone, so that a resumed run, and every one of several processes, rounds alike. Weights that are
-    float32 (the codebook's) are not rounded.
+    Many weights are copied, stepped and rounded together; with ``clip`` all of them in one kernel (``at_once.py``).
+    Their random bits follow from seed, step and their places alone, so that a resumed run, and every one of several
+    processes, rounds alike. Weights that are float32 (the codebook's) are not rounded.
 
     Args:
         places: a number for every weight.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def works(device: torch.device) -> bool:
         return False
     try:
         return right(device)
+    except torch.cuda.OutOfMemoryError:  # which says nothing of Triton, and is dealt with elsewhere
+        raise
     except Exception:  # whatever the compiler, the driver or Triton itself has to say
         return False
 
@@ -102,11 +104,12 @@ def _like(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient if same else torch.empty_like(weight).copy_(gradient)
 
 
-@cache
+@lru_cache(maxsize=4)  # the groups of one student, and of a discriminator
 def _programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The sizes; and of each program whose values it updates, and from which one on."""
     programs = torch.tensor([-(-size // BLOCK) for size in sizes])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), programs)
     before = torch.repeat_interleave(programs.cumsum(0) - programs, programs)
     start = (torch.arange(len(owner)) - before) * BLOCK
-    return torch.tensor(sizes, device=device), owner.to(device), start.to(device)
+    sized, owner, start = (part.to(device, torch.int32) for part in (torch.tensor(sizes), owner, start))
+    return sized, owner, start

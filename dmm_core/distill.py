@@ -100,8 +100,10 @@ class Distillation:
             optimizer.begin(lr_factor(self.step_count, self.spec), self.step_count)
         while (sums := self.accumulate()) is None:
             self.rng.set_state(before)
-            warnings.append(self.economy.give_up_something())
+            recorded = self.ranks.any(self.passes.recorded, self.device)  # a convenience, which goes first
+            warnings.append(self.passes.give_up() if recorded else self.economy.give_up_something())
             self.be_sparing()
+            let_go(self.device)
         self.ranks.add_gradients(self.learned)
         self.optimizer.step(self.scaler)
         if self.critic:

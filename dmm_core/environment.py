@@ -63,6 +63,9 @@ def training_python() -> Training:
     return Training(Path(found["python"]), tuple(map(Path, found["paths"])))
 
 
+_IMPORTS = threading.RLock()
+
+
 @cache
 def _came_before() -> bool:
     """Whether diffusers was there when the first of ours wanted it."""
@@ -77,20 +80,21 @@ def importing() -> Iterator[None]:
     others have imported diffusers before, it has seen them there and counts on it: then nothing is hidden. What else is
     loaded on the way (scikit-learn by transformers, where it is there) imports them as ever.
     """
-    find, collects = importlib.util.find_spec, gc.isenabled()
     hidden = () if _came_before() else UNUSED
+    with _IMPORTS:  # two threads would each restore what the other has put there
+        find, collects = importlib.util.find_spec, gc.isenabled()
 
-    def find_used(name: str, package: str | None = None) -> Any:
-        return None if name in hidden else find(name, package)
+        def find_used(name: str, package: str | None = None) -> Any:
+            return None if name in hidden else find(name, package)
 
-    importlib.util.find_spec = find_used
-    gc.disable()
-    try:
-        yield
-    finally:
-        importlib.util.find_spec = find
-        if collects:
-            gc.enable()
+        importlib.util.find_spec = find_used
+        gc.disable()
+        try:
+            yield
+        finally:
+            importlib.util.find_spec = find
+            if collects:
+                gc.enable()
 
 
 def own_python() -> Training:

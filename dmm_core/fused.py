@@ -27,6 +27,8 @@ def works(device: torch.device) -> bool:
         return False
     try:
         return right(device)
+    except torch.cuda.OutOfMemoryError:  # which says nothing of Triton, and is dealt with elsewhere
+        raise
     except Exception:  # whatever the compiler, the driver or Triton itself has to say
         return False
 

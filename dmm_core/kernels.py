@@ -218,7 +218,7 @@ def adamw_values(
     tl.store(second, v, mask=there)
     if NARROW:  # to one of the two neighbours, so that the expected value is p (adamw.round_at_random_)
         bits = (p.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)) & 0xFFFF0000
-        p = bits.to(tl.float32, bitcast=True)
+        p = tl.where(p == p, bits.to(tl.float32, bitcast=True), p)  # the sum could make a NaN a 0
     tl.store(weight, p.to(weight.dtype.element_ty), mask=there)
 
 

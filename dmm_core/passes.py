@@ -34,7 +34,7 @@ class Passes:
         self.student, self.spec, self.scaler = student, spec, scaler
         self.prediction_type, self.pooled = prediction_type, pooled
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.recorded = self._wanted = False
+        self.recorded = self._wanted = self._never = False
         self.recordings: dict[int, Recorded] = {}
 
     # ------------------------------------------------------------ a pass
@@ -86,7 +86,13 @@ class Passes:
         """
         self.recordings.clear()
         self.recorded = False
-        self._wanted = wanted and not self.spec.fused_backward and not self.scaler.is_enabled()
+        self._wanted = wanted and not self._never and not self.spec.fused_backward and not self.scaler.is_enabled()
+
+    def give_up(self) -> str:
+        """Memory ran out: never record again; returns what that changes."""
+        self._never = True
+        self.record(False)
+        return "memory ran out: going on without recorded kernels of the student, on the same samples"
 
     def step_over(self) -> None:
         """A step has shown how much memory it takes: a recording keeps as much from previews and files."""

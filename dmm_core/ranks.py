@@ -70,7 +70,9 @@ class Together(Alone):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in bucket])
             dist.all_reduce(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad = torch.empty_like(p).copy_(part.view_as(p))
+                if p.grad is None:
+                    p.grad = torch.empty_like(p)
+                p.grad.copy_(part.view_as(p))  # in its place, to which recorded kernels write
 
     def add(self, tally: Tensor) -> Tensor:
         dist.all_reduce(tally)

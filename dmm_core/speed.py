@@ -94,9 +94,10 @@ def side_by_side(work: Callable[[Item], Made], items: Sequence[Item], device: to
 
 
 def has_room_twice(device: torch.device) -> bool:
-    """Whether what was taken of a CUDA device's memory so far is less than half of it."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    return torch.cuda.max_memory_reserved(device) < total / 2
+    """Whether what this process holds of a CUDA device's memory after a step is less than half of what it can have."""
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    return held < (free + held) / 2
 
 
 class Recorded:

@@ -84,6 +84,15 @@ def test_the_same_step_is_rounded_alike_and_another_one_is_not():
     assert torch.equal(told[0], told[1]) and not torch.equal(told[0], told[2]) and not torch.equal(told[0], told[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_no_number_is_seen_in_the_weights(dtype):
+    weights = weights_of(dtype)
+    for p in weights:
+        p.grad = torch.full_like(p, torch.nan)
+    step(weights, states_of(weights), 0)
+    assert all(p.isnan().all() for p in weights)
+
+
 def test_a_gradient_laid_out_otherwise():
     """Its values meet the weights they belong to."""
     (*_, p), (*_, other) = weights_of(torch.float32), weights_of(torch.float32)

@@ -19,6 +19,7 @@ from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.errors import BadInput
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
+from dmm_core.ranks import Alone, Together
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.run import open_sources, prepare, ready
 from dmm_core.teachers import Teachers
@@ -49,14 +50,26 @@ def built(out: Path, teachers: list[Path], **train):
     return ready(made, open_sources(made), LatentData(["a", "b"], [pool], 0.5))
 
 
+class Pair(Together):
+    """Two processes that do the same."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 2
+
+    add = any = lambda self, told, *device: told
+
+
+@pytest.mark.parametrize("ranks", [Alone, Pair])
 @pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1}])
-def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, monkeypatch, more):
+def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, monkeypatch, more, ranks):
     """As recordings of the student's passes want them; test_gpu.py has the recordings."""
     monkeypatch.setattr("dmm_core.passes.Recorded", lambda function, pool, warm: function)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     told = []
     for stay in (False, True):
         run, places = built(tmp_path / "o.safetensors", teachers, **more), set()
+        run.ranks = ranks()
         for _ in range(3):
             run.passes.recorded = stay
             run.step()
@@ -64,6 +77,31 @@ def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, m
         assert len(run.passes.recordings) == stay and (len(places) == len(run.learned) or not stay)
         told.append([p.detach() for p in run.learned])
     assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
+
+
+def test_recordings_are_the_first_that_is_given_up(tmp_path, teachers, monkeypatch):
+    monkeypatch.setattr("dmm_core.passes.Recorded", lambda function, pool, warm: function)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("dmm_core.passes.has_room_twice", lambda device: True)
+    run, plain = (built(tmp_path / "o.safetensors", teachers) for _ in range(2))
+    run.passes.record(True)
+    assert not run.step().warnings and run.passes.recorded
+    learn, failed = run.passes.learn, []
+
+    def out_of_memory_once(*given):
+        if not failed:
+            failed.append(1)
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return learn(*given)
+
+    monkeypatch.setattr(run.passes, "learn", out_of_memory_once)
+    (told,) = run.step().warnings
+    run.passes.record(True)
+    run.step()
+    assert "recorded" in told and not run.economy.steps_down and not run.passes.recorded
+    for _ in range(3):
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(run.learned, plain.learned, strict=True))
 
 
 def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import importlib
 import os
 import subprocess
 import sys
+import threading
 
 from dmm_core.environment import importing
 from tests.unit.test_boundaries import ROOT, SOURCES
@@ -27,6 +29,21 @@ def test_what_is_hidden_is_there_again(monkeypatch):
         assert importlib.util.find_spec("scipy") is None and not gc.isenabled()
         assert importlib.import_module("scipy.sparse")
     assert importlib.util.find_spec("scipy") and gc.isenabled() == collects
+
+
+def test_threads_that_import_at_once_leave_no_trace():
+    find, inside = importlib.util.find_spec, threading.Barrier(2, timeout=0.3)
+
+    def use() -> None:
+        with importing(), contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait()  # which never happens: one waits until the other is out
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert importlib.util.find_spec is find and inside.broken and gc.isenabled()
 
 
 def test_scikit_learn_on_the_way_finds_scipy(tmp_path):

@@ -28,6 +28,13 @@ def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be():
     assert (error < 5 * 0.5 / 200_000**0.5).all()  # five standard errors; rounding to nearest would be off by up to 0.5
 
 
+def test_what_is_no_number_stays_none():
+    """CUDA's NaN is 0x7FFFFFFF: with any noise added, and cut off, it would be -0."""
+    x = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000], dtype=torch.int32).view(torch.float32).repeat(64)
+    round_at_random_(x, torch.Generator().manual_seed(0))
+    assert x[0::3].isnan().all() and x[1::3].isnan().all() and x[2::3].isposinf().all()
+
+
 @pytest.mark.parametrize(("rounds", "progress"), [("at random", True), ("to nearest", False)])
 def test_small_steps_add_up_only_when_rounded_at_random(rounds, progress):
     """Steps of 1e-4 on weights near 1, whose neighbours are 0.004 away: w → 1.05 within 1000 steps, or never."""
