@@ -2,7 +2,8 @@
 
 Works on pictures and on numbers, not on models. DMM (arXiv:2504.12364) §4.1: M(i, j) is the distance of the student's
 pictures in style i from teacher j's; the reference matrix puts teacher i, with other seeds, in the student's place.
-FIDt is the trace (the sum, as the paper reports it) and ratio = student / reference, 1 being as good as the teachers.
+FIDt is the trace (the sum, as the paper reports it) and ratio = student / reference: at 1 as many
+pictures cannot tell the student from its teachers. The reference is chance and shrinks with more of them.
 """
 
 from __future__ import annotations
