@@ -105,7 +105,7 @@ def _headline(report: Mapping[str, Any]) -> str:
         _card(
             f"{report['ratio']:.2f}", "" if error is None else f"± {error:.2f}", "Distance from the teachers",
             "times as far from the teachers' pictures as the teachers' own are when they draw again with other seeds. "
-            f"At 1.00 {report['images_per_style']} pictures a style cannot tell it from them; more pictures see more.",
+            f"1.00 means that {report['images_per_style']} pictures a style cannot tell it from them; more might.",
         )
     ]  # fmt: skip
     if average.get("ratio") is not None:
