@@ -220,7 +220,7 @@ def headline(report: dict[str, Any]) -> list[str]:
     gap = report["gap_closed"]["mean"]
     return [
         f"ratio to the teachers' own distance: {report['ratio']:.3f}{error} "
-        f"(1: {report['images_per_style']} pictures a style cannot tell them apart; weight average {average['ratio']:.2f})",
+        f"(1: {report['images_per_style']} pictures a style show no difference; weight average {average['ratio']:.2f})",
         *(f"{other['name']} beside: ratio {other['ratio']:.3f}{_closed(other)}" for other in report["baselines"]),
         *([] if gap is None else [f"score gap closed: {gap:.1%} (0 % is the weight average, 100 % the teachers)"]),
         *same_seed(report),
