@@ -66,12 +66,12 @@ def run(part: Part, out: Path, more: Sequence[str], limit: float) -> str:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # its children too, which hold the device's memory
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             return f"stopped after {limit:.0f} s; {part.name}.log has what it told until then"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its children too, which hold the device's memory
+                process.wait()
     told = "done" if code == 0 else f"failed ({code}), see {part.name}.log"
     return f"{told}, {time.monotonic() - began:.0f} s"
 

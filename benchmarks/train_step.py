@@ -192,9 +192,7 @@ class Bench:
             for batch in (1, self.batch):
 
                 def work(more: dict[str, Any] = more, batch: int = batch) -> dict[str, int]:
-                    left = (
-                        torch.cuda.memory_allocated()
-                    )  # of what was measured before; nothing, or the figures are wrong
+                    left = torch.cuda.memory_allocated()  # of what came before: nothing, or the figures are wrong
                     run = self.subjects.distillation(self.spec(**{**more, "batch": batch}), teachers=2)
                     self.clear()
                     for _ in range(3):

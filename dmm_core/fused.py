@@ -9,6 +9,7 @@ do what torch's do.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,17 +21,21 @@ STEP = 32  # positions that a program reads at a time
 BLOCK = 1024  # values a program of GEGLU
 
 
-@cache
-def works(device: torch.device) -> bool:
-    """Whether Triton is here and builds these kernels rightly (it needs a C compiler) on a device of this kind."""
-    if device.type != "cuda" or not importlib.util.find_spec("triton"):
-        return False
-    try:
-        return right(device)
-    except torch.cuda.OutOfMemoryError:  # which says nothing of Triton, and is dealt with elsewhere
-        raise
-    except Exception:  # whatever the compiler, the driver or Triton itself has to say
-        return False
+def trusts(right: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Whether Triton is here and builds kernels (it needs a C compiler) that are ``right`` on a device; asked once."""
+
+    @cache
+    def works(device: torch.device) -> bool:
+        if device.type != "cuda" or not importlib.util.find_spec("triton"):
+            return False
+        try:
+            return right(device)
+        except torch.cuda.OutOfMemoryError:  # which says nothing of Triton, and is dealt with elsewhere
+            raise
+        except Exception:  # whatever the compiler, the driver or Triton itself has to say
+            return False
+
+    return works
 
 
 @torch.enable_grad()  # the first to ask may be a teacher
@@ -48,6 +53,9 @@ def right(device: torch.device) -> bool:
     return all(
         torch.allclose(a, b, rtol=1e-2, atol=1e-2) for pair in said for a, b in zip(*pair, strict=True)
     )  # fmt: skip
+
+
+works = trusts(right)
 
 
 class GroupNormSiLU(torch.autograd.Function):

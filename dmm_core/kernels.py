@@ -58,6 +58,17 @@ def sums_kernel(
 
 
 @triton.jit
+def over_spans(sums_ptr, row, c, inside, spans, channels, GROUP: tl.constexpr):
+    """Both sums of these channels, over all spans."""
+    first, second = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
+    for span in range(0, spans):
+        at = sums_ptr + (row * spans + span) * 2 * channels + c
+        first += tl.load(at, mask=inside, other=0.0)
+        second += tl.load(at + channels, mask=inside, other=0.0)
+    return first, second
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr, sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps, GROUP: tl.constexpr
 ):  # fmt: skip
@@ -65,11 +76,7 @@ def statistics_kernel(
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inside = tl.arange(0, GROUP) < size
     c = group * size + tl.arange(0, GROUP)
-    first, square = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
-    for span in range(0, spans):
-        at = sums_ptr + (row * spans + span) * 2 * channels + c
-        first += tl.load(at, mask=inside, other=0.0)
-        square += tl.load(at + channels, mask=inside, other=0.0)
+    first, square = over_spans(sums_ptr, row, c, inside, spans, channels, GROUP)
     count = positions * size * 1.0
     mean = tl.sum(first, 0) / count
     variance = tl.maximum(tl.sum(square, 0) / count - mean * mean, 0.0)
@@ -134,11 +141,7 @@ def gradient_means_kernel(
     inside = tl.arange(0, GROUP) < size
     c = group * size + tl.arange(0, GROUP)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    first, second = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
-    for span in range(0, spans):
-        at = sums_ptr + (row * spans + span) * 2 * channels + c
-        first += tl.load(at, mask=inside, other=0.0)
-        second += tl.load(at + channels, mask=inside, other=0.0)
+    first, second = over_spans(sums_ptr, row, c, inside, spans, channels, GROUP)
     count = positions * size * 1.0
     to = row * tl.num_programs(1) + group
     tl.store(first_ptr + to, tl.sum(first * weight, 0) / count)

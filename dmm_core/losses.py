@@ -35,10 +35,8 @@ class RowError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         student, teacher = ctx.saved_tensors
-        scale = (2 / student[0].numel()) * gradient
-        return (student - teacher).mul_(
-            scale.view(-1, *[1] * (student.ndim - 1))
-        ), None  # a float32 product, rounded once
+        scale = (2 / student[0].numel()) * gradient.view(-1, *[1] * (student.ndim - 1))
+        return (student - teacher).mul_(scale), None  # a float32 product, rounded once
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
