@@ -46,7 +46,7 @@ class Case:
 
 FOUR = family.TEACHERS
 CASES = (
-    *(Case(FOUR, family.LATER[::-1], steps=steps) for steps in (4000, 8000, 12000)),
+    *(Case(FOUR, family.LATER[::-1], steps=steps) for steps in (4000, 8000, 12000, 20000)),
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
     *(Case(FOUR[:2], FOUR[2:], regularize) for regularize in (None, 0)),
