@@ -70,14 +70,14 @@ class Passes:
         """Add the gradients of ``blockwise``, if it counts."""
         if not self.spec.blockwise:
             return
-        x_t, t, styles, weights, _, tokens, *more = given
+        x_t, t, styles, _, _, tokens, *more = given
         context = Context(tokens, more.pop(0) if self.pooled else None)
         blocks = BlockFeatures(self.student.unet, enabled=self.spec.feature > 0).blocks
         part, *maps = more[len(blocks) :]
         with self.autocast():
             imitate(
                 self.student.unet, x_t, t, context, self.student.codebook(styles), maps,
-                lambda rows: self.scaled(share, self.spec.blockwise * rows * part * weights),
+                lambda rows: self.scaled(share, self.spec.blockwise * rows * part),
             )  # fmt: skip
 
     def learn(self, share: int, *given: Tensor) -> Tensor:
