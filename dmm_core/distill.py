@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dmm_core import resume
-from dmm_core.blockwise import layers
 from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
 from dmm_core.diffusion import predict_x0
@@ -148,8 +147,7 @@ class Distillation:
         if self.spec.few_step:
             nothing = len(self.data.prompts) - 1
             return Target(batch, path_end(self.teachers, batch, x_t, t, nothing, self.spec.few_step), [])
-        wanted = {"features": self.spec.feature > 0, "layers": self.spec.blockwise > 0}
-        eps, features = self.teachers.predict(batch.teacher, x_t, t, batch.prompt, **wanted)
+        eps, features = self.teachers.predict(batch.teacher, x_t, t, batch.prompt, features=self.spec.feature > 0)
         return Target(batch, eps, features)
 
     def learn(self, targets: list[Target], share: int) -> Tensor:
@@ -164,32 +162,21 @@ class Distillation:
         x_t, t, styles, weights = to_device((x_t, t, styles, self.weights[t]), self.device)
         context = self.context[prompt].map(lambda part: to_device((part,), self.device)[0])
         wanted = torch.cat([target.said for target in targets])
+        features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
         given = (x_t, t, styles, weights, wanted, context.tokens)
         given += () if context.pooled is None else (context.pooled,)
-        given += self.maps(targets, rows)
         if not self.critic:
-            return self.passes.learn(share, *given)
-        eps, loss, score, feature = self.passes.losses(*given)
+            return self.passes.learn(share, *given, *features)
+        eps, loss, score, feature = self.passes.losses(*given, *features)
         again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
         t_again, noise, style = to_device((*again, which), self.device)
         mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
         adversarial = self.critic.fool(mine, t_again, noise, context, style)
         scaled = partial(self.passes.scaled, share)
         scaled(loss + self.spec.adversarial * adversarial).backward()
-        self.passes.imitate(share, *given)
         # now that the student's activations are gone
         discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
         return tally(styles, score, feature, adversarial, discriminator)
-
-    def maps(self, targets: list[Target], rows: Tensor) -> tuple[Tensor, ...]:
-        """What ``Passes`` is given of the teachers' maps; layers of another prediction type are not imitated."""
-        maps = [torch.cat(one) if one[1:] else one[0] for one in zip(*(tg.features for tg in targets), strict=True)]
-        if self.spec.blockwise:
-            types = (self.teachers.checkpoints[target.batch.teacher].prediction_type for target in targets)
-            alike = torch.tensor([float(kind == self.teachers.prediction_type) for kind in types])
-            blocks = len(maps) - 2 * len(layers(self.student.unet))
-            maps[blocks:blocks] = to_device((alike.repeat_interleave(rows),), self.device)
-        return tuple(maps)
 
     # ------------------------------------------------------------ its parts
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm_core.blockwise import imitate
 from dmm_core.conditioning import Context
 from dmm_core.fewstep import path_loss
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
@@ -22,8 +21,7 @@ class Passes:
     """Forward and backward passes of a student, their kernels recorded where that pays (``speed.Recorded``).
 
     ``given`` are a pass's rows: x_t, t, styles, weights of the score loss, what the teachers said, the prompts'
-    embeddings (one tensor, or two with ``pooled``), and the teachers' feature maps if they count; then, for
-    ``blockwise``, which rows take part (1 or 0) and the maps of the teachers' layers.
+    embeddings (one tensor, or two with ``pooled``), and the teachers' feature maps if they count.
 
     Args:
         precision: "fp32", "bf16" or "fp16": what the passes are autocast to.
@@ -57,28 +55,13 @@ class Passes:
         loss = self.spec.score * score * weights
         feature = torch.zeros_like(score)
         if self.spec.feature > 0:
-            said = blocks.take()
-            feature = feature_loss(said, more[: len(said)])
+            feature = feature_loss(blocks.take(), more)
             loss = loss + self.spec.feature * feature
         return eps, loss, score, feature
 
     def scaled(self, share: int, rows: Tensor) -> Tensor:
         """The part of a step's loss that these rows are; ``share`` teachers make up the step."""
         return self.scaler.scale(rows.sum() / (share * self.spec.batch))
-
-    def imitate(self, share: int, *given: Tensor) -> None:
-        """Add the gradients of ``blockwise``, if it counts."""
-        if not self.spec.blockwise:
-            return
-        x_t, t, styles, _, _, tokens, *more = given
-        context = Context(tokens, more.pop(0) if self.pooled else None)
-        blocks = BlockFeatures(self.student.unet, enabled=self.spec.feature > 0).blocks
-        part, *maps = more[len(blocks) :]
-        with self.autocast():
-            imitate(
-                self.student.unet, x_t, t, context, self.student.codebook(styles), maps,
-                lambda rows: self.scaled(share, self.spec.blockwise * rows * part),
-            )  # fmt: skip
 
     def learn(self, share: int, *given: Tensor) -> Tensor:
         """Add the gradients of rows, without a discriminator; returns their ``tally``."""
@@ -91,7 +74,6 @@ class Passes:
     def _learn(self, share: int, *given: Tensor) -> list[Tensor]:
         _, loss, score, feature = self.losses(*given)
         self.scaled(share, loss).backward()
-        self.imitate(share, *given)
         nothing = torch.zeros_like(score)
         return [tally(given[2], score, feature, nothing, nothing)]
 

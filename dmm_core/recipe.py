@@ -103,7 +103,6 @@ class TrainSpec:
     score: Positive = 1.0
     snr_power: Share = 0.0
     feature: NotNegative = 0.0
-    blockwise: NotNegative = 0.0
     adversarial: NotNegative = 0.0
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
@@ -280,13 +279,11 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
             f"train.{key}: expected at most the {total} teachers there are, got {value}",
         )
     if train.fused_backward:
-        exclusive = (("micro", train.micro, None), ("processes", train.processes, 1), ("blockwise", train.blockwise, 0))
-        for key, value, only in exclusive:
-            told = f"train.{key}: expected {'nothing' if only is None else only} with fused_backward, got {value}"
+        for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
+            told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
-    for key in ("feature", "blockwise"):
-        told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
-        demand(not (train.few_step and getattr(train, key)), told, "It compares teachers' outputs without guidance.")
+    told = f"train.feature: expected 0 with few_step, got {train.feature}"
+    demand(not (train.few_step and train.feature), told, "It compares the teachers' outputs without guidance.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
         fine = getattr(train, key) in ("fp32", False) or not narrow

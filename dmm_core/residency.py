@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm_core.blockwise import LayerCalls
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.reader import TensorInfo
 from dmm_core.conditioning import Context, predict
@@ -136,7 +135,7 @@ class Slot:
         self.targets = {key: tensor.detach() for key, tensor in unet.state_dict().items()}
         self.used: Any = None  # end of the last known use
         self.filled: Any = None  # end of the last copy
-        self.recordings: dict[tuple[bool, bool], Recorded] = {}  # by what of the UNet they give
+        self.recordings: dict[bool, Recorded] = {}  # with the blocks' outputs, and without
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -163,23 +162,19 @@ class Slot:
         if self.stream is not None:
             self.used = torch.cuda.current_stream().record_event()
 
-    def answer(
-        self, x_t: Tensor, t: Tensor, context: Context, features: bool = False, layers: bool = False, pool: Any = None
-    ) -> list[Tensor]:
-        """What the UNet says of x_t (B, 4, h, w); its blocks' outputs, and its layers' inputs and outputs if wanted.
+    def answer(self, x_t: Tensor, t: Tensor, context: Context, features: bool, pool: Any = None) -> list[Tensor]:
+        """What the UNet says of x_t (B, 4, h, w), and its blocks' outputs if wanted.
 
         ``pool``: of the recording of its kernels that is made, or replayed; None calls the UNet itself.
         """
         inputs = [x for x in (x_t, t, context.tokens, context.pooled) if x is not None]
         if pool is None:
-            return self._answer(features, layers, *inputs)
-        if (key := (features, layers)) not in self.recordings:
-            self.recordings[key] = Recorded(partial(self._answer, *key), pool)
-        return self.recordings[key](*inputs)
+            return self._answer(features, *inputs)
+        if features not in self.recordings:
+            self.recordings[features] = Recorded(partial(self._answer, features), pool)
+        return self.recordings[features](*inputs)
 
-    def _answer(
-        self, features: bool, layers: bool, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None
-    ) -> list[Tensor]:
-        with BlockFeatures(self.unet, features) as blocks, LayerCalls(self.unet, layers) as calls:
+    def _answer(self, features: bool, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> list:
+        with BlockFeatures(self.unet, enabled=features) as blocks:
             said = predict(self.unet, x_t, t, Context(tokens, pooled))
-        return [said, *blocks.take(), *calls.take()]
+        return [said, *blocks.take()]

@@ -172,17 +172,14 @@ class Teachers:
 
     @torch.no_grad()
     def predict(
-        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False, layers: bool = False
+        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); and more of it if wanted.
-
-        That is its blocks' outputs, then its layers' inputs and outputs (``blockwise.LayerCalls``).
-        """
+        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted."""
         self.unet(index)
         slot, outputs = self._unets[index], []
 
         def ask(x_t: Tensor, t: Tensor, context: Context) -> Tensor:
-            said, *more = slot.answer(x_t, t, context, features, layers, self._pool)
+            said, *more = slot.answer(x_t, t, context, features, self._pool)
             outputs.extend(more)
             return said
 

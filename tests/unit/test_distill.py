@@ -60,7 +60,7 @@ class Pair(Together):
 
 
 @pytest.mark.parametrize("ranks", [Alone, Pair])
-@pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1, "blockwise": 0.5}])
+@pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1}])
 def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, monkeypatch, more, ranks):
     """As recordings of the student's passes want them; test_gpu.py has the recordings."""
     monkeypatch.setattr("dmm_core.passes.Recorded", lambda function, pool, warm: function)
@@ -111,8 +111,8 @@ def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     predict, forward = distillation.teachers.predict, distillation.student.forward
     monkeypatch.setattr(
         distillation.teachers, "predict",
-        lambda i, x, t, p, **more: (
-            asked.append((x, t, distillation.context[p])) or predict(i, x, t, p, **more)
+        lambda i, x, t, p, features=False: (
+            asked.append((x, t, distillation.context[p])) or predict(i, x, t, p, features)
         ),
     )  # fmt: skip
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ def test_features_are_those_of_all_blocks(tmp_path, teachers):
     assert len(blocks.take()) == 5
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "blockwise": 0.5, "teachers_per_step": 1}])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "teachers_per_step": 1}])
 def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
     """Law 6: bit for bit, through the file."""
     straight = built(tmp_path / "o.safetensors", teachers, **extra)
