@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rows
 from merges import Folder, about, foreign
 
-from dmm_core.presets import FEW_STEP
 from mini_family import demo, family
 
 STEPS = {"lora": 8000, "sdxl": 8000, "few-step": 2400}
@@ -52,7 +51,7 @@ def few_step(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[d
     recipe = folder.recipe([], steps)
     del recipe["base"]
     recipe |= {"student": str(first)}
-    recipe["train"] |= {"few_step": recipe["data"]["cfg_scale"], **FEW_STEP, "ema": 0.995}
+    recipe["train"] |= {"few_step": recipe["data"]["cfg_scale"], "snr_power": 0.0, "ema": 0.995}
     made = folder.make("few-step", recipe)
     for count in FEW:
         yield folder.evaluate(f"steps-{count}", made, files, "--steps", FULL, "--few-steps", count)

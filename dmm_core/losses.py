@@ -22,16 +22,6 @@ def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.float(), reduction="none").flatten(1).mean(1)
 
 
-def coarse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error between the means over all pixels, (B, C, H, W) to (B,): what a whole picture's colour is off by.
-
-    Such an error is the same at every step of sampling and adds up, while others cancel. It is a small part of the
-    squared error of all pixels, and nearly all that sets a young student's pictures apart from its teacher's
-    (docs/results.md, *What is off is the colour*).
-    """
-    return (student.float() - teacher.float()).mean((2, 3)).square().mean(1)
-
-
 class RowError(torch.autograd.Function):
     """The same of half-precision maps, without copies in float32, which the backward pass would keep of every block."""
 

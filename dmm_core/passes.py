@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmm_core.conditioning import Context
 from dmm_core.fewstep import path_loss
-from dmm_core.losses import BlockFeatures, coarse_loss, feature_loss, score_loss
+from dmm_core.losses import BlockFeatures, feature_loss, score_loss
 from dmm_core.recipe import TrainSpec
 from dmm_core.speed import Recorded, has_room_twice
 from dmm_core.student import Student
@@ -53,8 +53,6 @@ class Passes:
             eps = self.student(x_t, t, context, styles)
         score = path_loss(eps, wanted, x_t, t, self.prediction_type) if self.spec.few_step else score_loss(eps, wanted)
         loss = self.spec.score * score * weights
-        if self.spec.coarse:
-            loss = loss + self.spec.score * self.spec.coarse * coarse_loss(eps, wanted) * weights
         feature = torch.zeros_like(score)
         if self.spec.feature > 0:
             feature = feature_loss(blocks.take(), more)

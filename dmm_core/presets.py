@@ -16,8 +16,6 @@ from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
 FOREIGN = 0.3  # of longer merges: it keeps pictures out of a wrong style, and short ones learn less (docs/results.md)
-COARSE = 6.0  # against wrong colours, which a young student's pictures have above all (docs/results.md)
-FEW_STEP = {"feature": 0.0, "snr_power": 0.0, "coarse": 0.0}  # its loss is another one
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
@@ -95,9 +93,6 @@ def with_preset(data: Any, source: str | Path) -> Any:
         given = data.get(section)
         if given is None or isinstance(given, Mapping):  # anything else is a fault that the reader tells
             filled[section] = {**values, **(given or {})}
-    train = filled.get("train")
-    if isinstance(train, Mapping) and train.get("few_step"):
-        filled["train"] = {**train, **FEW_STEP, **(data.get("train") or {})}
     return filled
 
 
@@ -127,7 +122,7 @@ def with_stages(data: Any) -> Any:
             own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
         if given.get("name") == "few_step":
             own["data"] = {"foreign": 0.0}  # as it was measured
-            own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, **FEW_STEP}
+            own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "feature": 0.0, "snr_power": 0.0}
             own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
         filled = dict(given)
         for key, common in (("data", data_of), ("train", train)):

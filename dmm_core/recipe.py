@@ -75,10 +75,9 @@ class TrainSpec:
     ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
     codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
-    (0: all alike as in the paper, 1: as x̂0 would), and ``coarse`` what a whole picture's colour is off by, beside its
-    pixels (0: as in the paper). ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and
-    ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01;
-    ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
+    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
+    paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
@@ -103,7 +102,6 @@ class TrainSpec:
     warmup: CountOrNone = 100
     score: Positive = 1.0
     snr_power: Share = 0.0
-    coarse: NotNegative = 0.0
     feature: NotNegative = 0.0
     adversarial: NotNegative = 0.0
     adversarial_lr: Positive | None = None
@@ -284,9 +282,8 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
-    for key in ("feature", "coarse"):
-        told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
-        demand(not (train.few_step and getattr(train, key)), told, "It compares teachers' outputs without guidance.")
+    told = f"train.feature: expected 0 with few_step, got {train.feature}"
+    demand(not (train.few_step and train.feature), told, "It compares the teachers' outputs without guidance.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
         fine = getattr(train, key) in ("fp32", False) or not narrow

@@ -213,7 +213,7 @@ def needs_of(recipe: Recipe) -> tuple[Any, ...]:
     data, spec = recipe.data, recipe.train
     alike = replace(
         spec, steps=1, lr=1.0, style_lr=None, adversarial_lr=None, schedule="constant", warmup=0, seed=0, save_every=0,
-        score=1.0, snr_power=0.0, coarse=0.0, feature=float(spec.feature > 0), adversarial=float(spec.adversarial > 0),
+        score=1.0, snr_power=0.0, feature=float(spec.feature > 0), adversarial=float(spec.adversarial > 0),
         weight_decay=0.0, betas=(0.9, 0.999), grad_clip=float(spec.grad_clip > 0), ema=0.5 * (spec.ema > 0),
     )  # fmt: skip
     drawn = (min(SAMPLED, data.latents_per_teacher), data.cfg_scale != 1) if data.kind == "teachers" else ()

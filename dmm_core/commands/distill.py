@@ -80,7 +80,6 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
 
 def recipe_of(args: argparse.Namespace) -> Any:
     """The recipe file, or one made of --teacher and --out."""
-    from dmm_core.presets import FEW_STEP
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
     chosen = [name for name in ("teacher", "few_step", "preset") if getattr(args, name)]
@@ -98,7 +97,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
     if args.few_step:
-        few = {"few_step": args.guidance, **FEW_STEP}
+        few = {"few_step": args.guidance, "snr_power": 0.0}
         data |= {"student": args.few_step, "train": {**data.get("train", {}), **few}}
         data["data"] = {"cfg_scale": args.guidance, **data.get("data", {})}
     return recipe_from_dict(data, source="command line")

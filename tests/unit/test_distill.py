@@ -18,7 +18,7 @@ from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.errors import BadInput
-from dmm_core.losses import BlockFeatures, coarse_loss, feature_loss, score_loss
+from dmm_core.losses import BlockFeatures, feature_loss, score_loss
 from dmm_core.ranks import Alone, Together
 from dmm_core.recipe import recipe_from_dict
 from dmm_core.run import open_sources, prepare, ready
@@ -181,36 +181,6 @@ def test_losses_by_hand():
         feature_loss([a, a], [b])
 
 
-def test_coarse_loss_sees_what_all_pixels_have_in_common():
-    noise = torch.randn(2, 4, 8, 8)
-    noise -= noise.mean((2, 3), keepdim=True)
-    shift = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 2]]).view(2, 4, 1, 1)
-    assert torch.allclose(coarse_loss(noise + shift, torch.zeros(2, 4, 8, 8)), torch.tensor([0.25, 2.0]), atol=1e-6)
-    half = coarse_loss((noise + shift).bfloat16(), torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16))
-    assert half.dtype == torch.float32 and torch.allclose(half, torch.tensor([0.25, 2.0]), rtol=1e-2)
-
-
-def test_coarse_loss_is_weighed_like_the_score_and_not_told_as_it(tmp_path, teachers):
-    """The same score loss is told; the gradient is that of both."""
-    runs = [built(tmp_path / "o.safetensors", teachers, snr_power=0.5, **more) for more in ({}, {"coarse": 3.0})]
-    told = [run.accumulate() for run in runs]
-    assert torch.equal(*told)
-    plain, both = ([p.grad.clone() for p in run.learned if p.grad is not None] for run in runs)
-    run = built(tmp_path / "o.safetensors", teachers, snr_power=0.5, coarse=3.0)
-    losses = run.passes.losses
-
-    def coarse_alone(*given):
-        eps, loss, score, feature = losses(*given)
-        return eps, loss - score * given[3], score, feature
-
-    run.passes.losses = coarse_alone
-    run.accumulate()
-    alone = [p.grad for p in run.learned if p.grad is not None]
-    assert max(a.abs().max() for a in alone) > 1e-5
-    for a, b, c in zip(plain, both, alone, strict=True):
-        torch.testing.assert_close(a + c, b, rtol=1e-3, atol=1e-7)
-
-
 def test_features_are_those_of_all_blocks(tmp_path, teachers):
     """Four down, one mid, four up in SD1.5; two, one, two here."""
     distillation = built(tmp_path / "o.safetensors", teachers, feature=0.1)
@@ -222,7 +192,7 @@ def test_features_are_those_of_all_blocks(tmp_path, teachers):
     assert len(blocks.take()) == 5
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "coarse": 6.0, "teachers_per_step": 1}])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "teachers_per_step": 1}])
 def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
     """Law 6: bit for bit, through the file."""
     straight = built(tmp_path / "o.safetensors", teachers, **extra)

@@ -45,14 +45,6 @@ def test_explicit_keys_win(tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == recipe, "a dumped recipe says everything itself"
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_few_step_training_takes_none_of_their_losses(name):
-    recipe = recipe_from_dict(plain(preset=name, train={"few_step": 3.0}), check_files=False)
-    assert (recipe.train.feature, recipe.train.coarse, recipe.train.snr_power) == (0, 0, 0)
-    staged = recipe_from_dict(plain(preset=name, stages=["distil", "few_step"]), check_files=False)
-    assert staged.stages[1].train.coarse == 0
-
-
 def test_without_one_nothing_changes():
     assert with_preset({"teachers": []}, "recipe") == {"teachers": []}
     assert with_preset([1], "recipe") == [1]
