@@ -97,7 +97,10 @@ def sample(
 ) -> Tensor:
     """Latents (B, 4, h/8, w/8) of prompts, one seed each; ``size`` in pixels, ``style`` (B, d) or (d,).
 
-    A DMM file without ``style`` gives its default style.
+    A DMM file without ``style`` gives its default style. Fewer are drawn at a time where memory runs out.
+
+    Raises:
+        MemoryTooSmall: one picture is too much for the device.
     """
     if pipe.styled and style is None:
         assert pipe.codebook is not None
@@ -105,18 +108,18 @@ def sample(
     context = encode_prompts(pipe.text_encoders, prompts)
     empty = encode_prompts(pipe.text_encoders, [negative]) if cfg_scale != 1.0 else None
     noise = initial_noise(seeds, (size[0] // 8, size[1] // 8))
-    parts = []
-    for start in range(0, len(prompts), chunk):
-        rows = slice(start, start + chunk)
-        part_style = style[rows] if style is not None and style.ndim == 2 else style
-        parts.append(
-            sample_latents(
-                pipe.unet, context[rows], noise[rows], steps=steps, cfg_scale=cfg_scale, negative=empty,
-                style=part_style, prediction_type=pipe.prediction_type, zero_snr=pipe.zero_snr,
-                few_step=pipe.few_step > 0,
-            )
+
+    def draw(these: range) -> Tensor:
+        rows = slice(these.start, these.stop)
+        return sample_latents(
+            pipe.unet, context[rows], noise[rows], steps=steps, cfg_scale=cfg_scale, negative=empty,
+            style=style[rows] if style is not None and style.ndim == 2 else style,
+            prediction_type=pipe.prediction_type, zero_snr=pipe.zero_snr, few_step=pipe.few_step > 0,
         )  # fmt: skip
-    return torch.cat(parts)
+
+    together = Rows(pipe.device, "draw even one picture", "Or use a smaller size, or --device cpu.")
+    every = range(len(prompts))
+    return torch.cat(list(together.of(draw, [every[start : start + chunk] for start in every[::chunk]])))
 
 
 def decode(vae: Any, latents: Tensor, chunk: int = 24) -> np.ndarray:

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     from PIL import Image
 
     from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.commands.evaluate import sparing
     from dmm_core.latents import latent_size
     from dmm_core.models import load_pipeline
     from dmm_core.plan import choose_device
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     mix = parse_mix(args.style)
     checkpoint = open_checkpoint(args.file)
     height, width = parse_size(args.size) if args.size else tuple(8 * n for n in latent_size(checkpoint, None))
-    pipe = load_pipeline(checkpoint, choose_device(args.device))
+    device = choose_device(args.device)
+    pipe = load_pipeline(checkpoint, device, unet_dtype=sparing(device)[0])
     style = None
     if mix is not None:
         if pipe.codebook is None:

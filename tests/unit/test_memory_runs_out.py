@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dmm_core.sample
 from dmm_core import child, latents, measure, plan, teachers, trial
@@ -191,6 +192,31 @@ def test_pictures_are_decoded_fewer_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(vae, "decode", no_memory)
     with pytest.raises(MemoryTooSmall, match="decode even one picture"):
         dmm_core.sample.decode(vae, z)
+
+
+def test_pictures_of_a_command_are_drawn_fewer_at_a_time(tmp_path, monkeypatch, capsys):
+    """The same pictures; and one line where memory is not enough for one. On a GPU the UNet has its precision."""
+    file = tiny.write_tiny_dmm(tmp_path / "dmm.safetensors")
+    line = ["generate", str(file), "--prompt", "a", "b", "c", "--steps", "2", "--style", "ink=1", "--out"]
+    assert main([*line, str(tmp_path / "all.png")]) == 0
+    plain = dmm_core.sample.sample_latents
+    monkeypatch.setattr(dmm_core.sample, "sample_latents", small_card(plain, rows=1))
+    assert main([*line, str(tmp_path / "few.png")]) == 0
+    for end in (".png", "-1.png", "-2.png"):
+        all_at_once, one = (np.asarray(Image.open(tmp_path / f"{name}{end}")).astype(int) for name in ("all", "few"))
+        assert abs(all_at_once - one).max() <= 1 and all_at_once.std() > 1
+    types = []
+    monkeypatch.setattr(
+        dmm_core.sample, "sample_latents", lambda unet, *r, **m: types.append(unet.dtype) or plain(unet, *r, **m)
+    )
+    monkeypatch.setattr(evaluate, "sparing", lambda device: (torch.bfloat16, 1))
+    assert main([*line, str(tmp_path / "half.png")]) == 0 and types == [torch.bfloat16]
+    monkeypatch.setattr(dmm_core.sample, "sample_latents", no_memory)
+    capsys.readouterr()
+    assert main([*line, str(tmp_path / "none.png")]) == 2
+    said = capsys.readouterr()
+    assert "memory is too small to draw even one picture" in said.err and "Traceback" not in said.err
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_what_devices_hold(monkeypatch):
