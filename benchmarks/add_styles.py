@@ -35,17 +35,20 @@ class Case:
     later: tuple[str, ...] = ()
     regularize: int | None = None  # as the recipe's
     steps: int = 1200
+    adversarial: float = 0.0  # as the recipe's
 
     @property
     def name(self) -> str:
         """Of its student's file."""
         between = ({None: "with", 0: "without"}.get(self.regularize, f"with{self.regularize}"),) if self.later else ()
         longer = (str(self.steps),) if self.later and self.steps != Case.steps else ()
-        return "-".join((*self.first, *between, *self.later, *longer))
+        against = ("adversarial",) if self.adversarial else ()
+        return "-".join((*self.first, *between, *self.later, *longer, *against))
 
 
 FOUR = family.TEACHERS
 CASES = (
+    Case(FOUR, family.LATER[::-1], steps=LONG, adversarial=0.01),
     *(Case(FOUR, family.LATER[::-1], steps=steps) for steps in (4000, 8000, 12000, 20000)),
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),
@@ -64,6 +67,7 @@ def student(folder: Folder, case: Case) -> Path:
     if case.steps < LONG:
         recipe["data"] |= {"latents_per_teacher": case.steps // 2, "prompts": str(folder.prompts(case.steps // 2))}
     recipe["train"] |= {} if case.regularize is None else {"regularize": case.regularize}
+    recipe["train"] |= {"adversarial": case.adversarial}
     return folder.make(case.name, recipe, "extend")
 
 
@@ -77,7 +81,7 @@ def measure(folder: Folder, case: Case) -> dict[str, Any]:
 def key_of(case: Case) -> dict[str, Any]:
     steps = [demo.MOST, *([case.steps] if case.later else [])]
     return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps,
-            "foreign": foreign(case.steps)}  # fmt: skip
+            "foreign": foreign(case.steps), **({"adversarial": case.adversarial} if case.adversarial else {})}  # fmt: skip
 
 
 def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +109,7 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         ratio = f"{total(new, 'student') / total(new, 'reference'):.3f}" if new else ""
         what = " + ".join(str(len(part)) for part in (old, new) if part)
         what += f", foreign {row['foreign']:g}" if row["foreign"] else ""
+        what += ", adversarial" if row.get("adversarial") else ""
         asked = teachers_of_step(TrainSpec(regularize=row["regularize"]), 0, len(by_name), len(old))
         kept = len(asked) - len(new) if new else ""
         steps = f"{row['steps'][-1]:,}"

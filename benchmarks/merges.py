@@ -20,7 +20,7 @@ from mini_family import demo, family
 
 ROOT = Path(demo.__file__).resolve().parents[1]
 IMAGES = 96  # a style
-LONG = 6000  # steps from which a merge is made as the best of docs/results.md, "Longer merges", was
+LONG = 4500  # steps from which a merge is made as the best of docs/results.md, "Longer merges", was
 LONG_DATA = {"latents_per_teacher": 4600, "foreign": FOREIGN}
 LONG_TRAIN = {"lr": 2.5e-4, "feature": 0.001}
 LONG_INVENTED = 4000
