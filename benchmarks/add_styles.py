@@ -80,8 +80,9 @@ def measure(folder: Folder, case: Case) -> dict[str, Any]:
 
 def key_of(case: Case) -> dict[str, Any]:
     steps = [demo.MOST, *([case.steps] if case.later else [])]
-    return {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps,
-            "foreign": foreign(case.steps), **({"adversarial": case.adversarial} if case.adversarial else {})}  # fmt: skip
+    key = {"first": list(case.first), "later": list(case.later), "regularize": case.regularize, "steps": steps,
+           "foreign": foreign(case.steps)}  # fmt: skip
+    return key | ({"adversarial": case.adversarial} if case.adversarial else {})
 
 
 def row_of(case: Case, report: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def has(path: Path, key: Mapping[str, Any]) -> bool:
     """Whether a line says all of ``key``."""
-    return any(all(line[name] == value for name, value in key.items()) for line in read(path))
+    return any(all(line.get(name) == value for name, value in key.items()) for line in read(path))
 
 
 def append(path: Path, *lines: Mapping[str, Any]) -> None:
