@@ -57,8 +57,9 @@ def make_data(
 
 
 def origin_of(recipe: Recipe) -> str:
-    """All of a recipe that its latents depend on, as text."""
-    data = {key: value for key, value in plain(recipe.data, str).items() if key not in ("prompt_drop", "foreign")}
+    """All of a recipe that its latents depend on, as text. Of the prompts' file what it says, not where it lies."""
+    others = ("prompt_drop", "foreign", "prompts")
+    data = {key: value for key, value in plain(recipe.data, str).items() if key not in others}
     teachers = [(teacher.path.name, teacher.strength) for teacher in recipe.teachers]
     below = [path.name if path else None for path in (recipe.base, recipe.student)]
     text = recipe.data.prompts
