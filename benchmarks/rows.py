@@ -13,7 +13,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def has(path: Path, key: Mapping[str, Any]) -> bool:
-    """Whether a line says all of ``key``."""
+    """Whether a line says all of ``key``; what it does not tell counts as None."""
     return any(all(line.get(name) == value for name, value in key.items()) for line in read(path))
 
 

@@ -34,10 +34,9 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     from PIL import Image
 
     from dmm_core.checkpoint import open_checkpoint
-    from dmm_core.commands.evaluate import sparing
     from dmm_core.latents import latent_size
     from dmm_core.models import load_pipeline
-    from dmm_core.plan import choose_device
+    from dmm_core.plan import DTYPES, choose_device, choose_precision
     from dmm_core.sample import decode, sample
 
     if args.steps is not None and args.steps < 1:
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     checkpoint = open_checkpoint(args.file)
     height, width = parse_size(args.size) if args.size else tuple(8 * n for n in latent_size(checkpoint, None))
     device = choose_device(args.device)
-    pipe = load_pipeline(checkpoint, device, unet_dtype=sparing(device)[0])
+    pipe = load_pipeline(checkpoint, device, unet_dtype=DTYPES[choose_precision("auto", device)])
     style = None
     if mix is not None:
         if pipe.codebook is None:

@@ -209,7 +209,7 @@ def test_pictures_of_a_command_are_drawn_fewer_at_a_time(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         dmm_core.sample, "sample_latents", lambda unet, *r, **m: types.append(unet.dtype) or plain(unet, *r, **m)
     )
-    monkeypatch.setattr(evaluate, "sparing", lambda device: (torch.bfloat16, 1))
+    monkeypatch.setattr(plan, "choose_precision", lambda wanted, device: "bf16")
     assert main([*line, str(tmp_path / "half.png")]) == 0 and types == [torch.bfloat16]
     monkeypatch.setattr(dmm_core.sample, "sample_latents", no_memory)
     capsys.readouterr()
