@@ -48,7 +48,7 @@ class Case:
 
 FOUR = family.TEACHERS
 CASES = (
-    Case(FOUR, family.LATER[::-1], steps=LONG, adversarial=0.01),
+    *(Case(FOUR, family.LATER[::-1], steps=steps, adversarial=0.01) for steps in (LONG, 10000)),
     *(Case(FOUR, family.LATER[::-1], steps=steps) for steps in (4000, 8000, 12000)),
     Case(FOUR),
     *(Case(FOUR[:3], FOUR[3:], regularize) for regularize in (None, 0, 1, 3)),

@@ -39,7 +39,9 @@ def sdxl(folder: Folder, args: argparse.Namespace, steps: int) -> Iterator[dict[
     """Four teachers of SDXL's shape and their base."""
     out = folder.path / "sdxl"
     base, *files = [family.whole(args.data, name, out) for name in ("base", *family.TEACHERS)]
-    student = folder.make("sdxl", folder.recipe(files, steps, base))
+    recipe = folder.recipe(files, steps, base)
+    recipe["train"]["adversarial"] = args.adversarial
+    student = folder.make("sdxl", recipe)
     yield folder.evaluate("sdxl", student, files)
 
 
@@ -67,6 +69,7 @@ def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "|---" * (len(names) + 6) + "|"
     for row in lines:
         what = row["kind"] + (f", drawn in {row['sampling']}" if row["kind"] == "few-step" else "")
+        what += ", adversarial" if row.get("adversarial") else ""
         cells = [f"{row['styles'][name]:.2f}" for name in names]
         gap = f"{row['gap_closed']:.1%}" if row["gap_closed"] is not None else ""
         ratio = f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/mini"), help="where mini_family.train wrote")
     parser.add_argument("--student", type=Path, help="of few-step: a DMM file of the four teachers that is there")
     parser.add_argument("--steps", type=int, help="of the merge")
+    parser.add_argument("--adversarial", type=float, default=0.0, help="of sdxl: the recipe's train.adversarial")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--show", action="store_true", help="print the table of what was measured; nothing is trained")
     args = parser.parse_args()
@@ -94,7 +98,8 @@ def main() -> None:
     folder = Folder(args.folder, args.device)
     for kind in args.only:
         steps = args.steps or STEPS[kind]
-        key = {"kind": kind, "steps": steps, "foreign": foreign(steps)}
+        key = {"kind": kind, "steps": steps, "foreign": foreign(steps),
+               "adversarial": args.adversarial or None}  # fmt: skip
         if rows.has(args.out, key):
             continue
         reports = KINDS[kind](folder, args, steps)
