@@ -76,7 +76,7 @@ class Bench:
         }
         if self.teachers > TOGETHER:  # as many rows of fewer teachers: each pass of a teacher fills the device better
             pairs["two teachers a step"] = few
-            pairs["two teachers a step, resident 3"] = {**few, "resident": 3}
+            pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (3, 4)}
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":
@@ -215,8 +215,8 @@ class Bench:
         def work() -> str:
             from torch.profiler import ProfilerActivity, profile
 
-            make = list(self.variants().values())[-1]
-            thing = make()
+            made = self.variants()
+            thing = made[(self.args.only or list(made))[-1]]()
             for _ in range(3):
                 thing.step()
             self.wait()
