@@ -188,7 +188,9 @@ class Bench:
             "full, 8-bit": {**SMALL_FULL, "optimizer": "adamw8bit"},
             "full": SMALL_FULL,
         }
-        for name, more in {**settings, **lora}.items():
+        settings |= lora
+        settings |= {f"{name}, no teacher stays": {**settings[name], "resident": 0} for name in ("full, 8-bit", *lora)}
+        for name, more in settings.items():
             for batch in (1, self.batch):
 
                 def work(more: dict[str, Any] = more, batch: int = batch) -> dict[str, int]:

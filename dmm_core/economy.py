@@ -14,6 +14,7 @@ from torch import Tensor
 from dmm_core.errors import BadInput
 from dmm_core.speed import side_by_side
 
+STREAMS = ("cuda",)  # kinds of device with memory of their own, over which a teacher's blocks may pass
 ENOUGH_ROWS = 4  # below this a GPU has too little to do: recomputing activations costs less than smaller passes
 SIGNS = ("out of memory", "can't allocate memory", "_alloc_failed", "not enough memory")
 
@@ -86,6 +87,7 @@ class Economy:
         checkpointing: activations are computed again in the backward pass.
         resident: teachers on the device.
         splits: whether ``rows`` may be made fewer (not where the backward pass takes the optimizer's step).
+        least: teachers on the device at least; 0 where their blocks may pass over it.
         steps_down: how often something was given up.
     """
 
@@ -93,6 +95,7 @@ class Economy:
     checkpointing: bool
     resident: int
     splits: bool = True
+    least: int = 1
     steps_down: int = 0
 
     def give_up_something(self) -> str:
@@ -110,6 +113,8 @@ class Economy:
             self.resident = self.resident // 2
         elif self.splits and self.rows > 1:
             self.rows = self.rows // 2
+        elif self.resident > self.least:
+            self.resident = self.least
         else:
             raise MemoryTooSmall(
                 "the device's memory is too small for this training, even one row at a time",
@@ -117,6 +122,7 @@ class Economy:
             )
         self.steps_down += 1
         now = self.rows, self.checkpointing, self.resident
-        told = (f"{now[0]} rows at a time", "gradient checkpointing", f"{now[2]} teachers on the device")
+        kept = f"{now[2]} teachers on the device" if now[2] else "one block of a teacher on the device after the other"
+        told = (f"{now[0]} rows at a time", "gradient checkpointing", kept)
         changed = next(text for text, a, b in zip(told, before, now, strict=True) if a != b)
         return f"memory ran out: going on with {changed}, on the same samples"

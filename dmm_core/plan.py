@@ -172,10 +172,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     count, total = parameters(sources.base), len(sources.teachers)
     different = len({teacher.path for teacher in sources.teachers})  # old styles share the earlier student's weights
     body = encoder_parameters(sources.base.shapes("unet")) if any(part.train.adversarial for part in stages) else 0
-    memory = max(
-        weights_bytes(part.train, count, device, min(part.train.resident or different, different), body)
-        for part in stages
-    )
+    memory = max(weights_bytes(part.train, count, device, different, body) for part in stages)
     drawn = sum(latent_bytes(stage, sources) for stage in keeping(stages))
     disk = drawn + most_bytes(stages, sources, count, body)
     folder = existing_parent(recipe.out)

@@ -73,11 +73,12 @@ class TrainSpec:
     """How the student learns. Losses and learning rates: DMM (arXiv:2504.12364) §3.4.
 
     ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
-    ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``). ``style_lr`` is the
-    codebook's (None: ``lr``). ``score`` and ``feature`` weigh the losses, ``snr_power`` the timesteps of the score loss
-    (0: all alike as in the paper, 1: as x̂0 would). ``processes`` share each step's teachers, for CPUs. 0 turns off:
-    ``warmup`` and ``save_every`` (steps), ``ema`` (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the
-    paper takes 0.01; ``adversarial_lr`` is its discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``; 0: on CUDA none,
+    their blocks come one after the other). ``style_lr`` is the codebook's (None: ``lr``). ``score`` and ``feature``
+    weigh the losses, ``snr_power`` the timesteps of the score loss (0: all alike as in the paper, 1: as x̂0 would).
+    ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
+    (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
+    discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
@@ -95,7 +96,7 @@ class TrainSpec:
     batch: Count = 4
     teachers_per_step: Count | None = None
     micro: Count | None = None
-    resident: Count | None = None
+    resident: CountOrNone | None = None
     lr: Positive = 1e-5
     style_lr: Positive | None = None
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -12,11 +12,12 @@ from torch import Tensor
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.conditioning import Context, encode_prompts
 from dmm_core.diffusion import to_epsilon, zero_snr_times
-from dmm_core.economy import let_go
+from dmm_core.economy import STREAMS, let_go
 from dmm_core.extension import StyleTeacher
 from dmm_core.models import build_text_encoders, build_unet
 from dmm_core.residency import HostStore, Slot, host_store
 from dmm_core.speed import quicken, to_device
+from dmm_core.streaming import Streamed, passes_over
 from dmm_core.student import TIME_BIAS
 
 ALL_STAY = ("cpu",)  # kinds of device with the host's own memory, where teachers that wait take no room from the work
@@ -30,7 +31,8 @@ class Teachers:
 
     Args:
         checkpoints: one a teacher, all of one architecture.
-        resident: how many UNets may be on the device at once; None keeps all.
+        resident: how many UNets may be on the device at once; None keeps all, 0 none: their blocks pass over it one
+            after the other (``STREAMS``; elsewhere as 1).
         channels_last, compiled: see ``speed.quicken``.
         prediction_type: the student's, which ``predict`` converts to; None: the first teacher's.
     """
@@ -47,7 +49,7 @@ class Teachers:
     ) -> None:
         self.checkpoints = list(checkpoints)
         self.device, self.dtype = torch.device(device), dtype
-        self.resident = resident or len(self.checkpoints)
+        self.resident = len(self.checkpoints) if resident is None else self._possible(resident)
         self.channels_last, self.compiled = channels_last, compiled
         self.prediction_type = prediction_type or self.checkpoints[0].prediction_type
         self.loads = 0
@@ -57,6 +59,9 @@ class Teachers:
         self._next: deque[int] = deque()
         self._pool: Any = None
         self._embeddings: dict[int, Context] = {}
+
+    def _possible(self, resident: int) -> int:
+        return resident or int(self.device.type not in STREAMS)
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -80,7 +85,7 @@ class Teachers:
     def unet_alone(self, index: int) -> Any:
         """As ``unet``, with no other teacher on a GPU beside it; the others come back when they are asked."""
         places = self.resident
-        if self.device.type in ALL_STAY or (index in self._unets and len(self._unets) == 1):
+        if self.device.type in ALL_STAY or not places or (index in self._unets and len(self._unets) == 1):
             return self.unet(index)
         if places >= len(self):  # their weights come from the files, in modules of their own
             for other in [i for i in self._unets if i != index and not self._share(i, index)]:
@@ -104,9 +109,11 @@ class Teachers:
         checkpoint = self.checkpoints[index]
         stay = self.resident >= len(self)  # then the file's tensors are needed only once
         tensors = checkpoint.unet() if stay else self.store.tensors(checkpoint)
-        if len(self._unets) >= self.resident:
+        if len(self._unets) >= max(1, self.resident):
             slot = self._unets.popitem(last=False)[1]
             slot.fill(tensors)
+        elif not self.resident:
+            slot = self._streamed(checkpoint, tensors)
         else:
             there = self._shared(checkpoint) if stay else {}
             copies = {k: there.get(k, v).to(self.device, self.dtype, copy=not stay) for k, v in tensors.items()}
@@ -114,6 +121,15 @@ class Teachers:
             quicken(unet, self.channels_last, self.compiled)
             slot = Slot(unet, {} if stay else tensors, self._stream)
         self._unets[index] = slot
+
+    def _streamed(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Streamed:
+        """Not compiled: a compiled block would have the coming of its weights compiled too."""
+        copies = {
+            k: torch.empty_like(v, device="meta") if passes_over(k) else v.to(self.device, self.dtype, copy=True)
+            for k, v in tensors.items()
+        }
+        unet = build_unet(checkpoint.unet_config, copies, self.dtype, checkpoint.path, styled=False)
+        return Streamed(quicken(unet, self.channels_last, compiled=False), tensors, self._stream, self.device)
 
     def _shared(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """What the device has of a teacher that is another style of a file that is there: all but the style."""
@@ -127,18 +143,21 @@ class Teachers:
         self._next = deque(order)
 
     def keep(self, resident: int, record: bool = False) -> None:
-        """Change how many may be on the device; the least recently used ones go.
+        """Change how many may be on the device (0: see ``resident``); the least recently used ones go.
 
         Args:
             record: whether ``predict`` records and replays a UNet's kernels, for which it keeps memory.
         """
+        resident = self._possible(resident)
+        if bool(resident) != bool(self.resident):
+            self._unets.clear()
         self.resident = resident
-        self._pool = torch.cuda.graph_pool_handle() if record else None
+        self._pool = torch.cuda.graph_pool_handle() if record and resident else None
         for slot in self._unets.values():
             slot.recordings.clear()
         if resident < len(self._unets) and any(isinstance(ck, StyleTeacher) for ck in self.checkpoints):
             self._unets.clear()  # some share weights, which must not be overwritten
-        while len(self._unets) > resident:
+        while len(self._unets) > max(1, resident):
             self._unets.popitem(last=False)
 
     def _prefetch(self, index: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.checkpoint import open_checkpoint
-from dmm_core.economy import MemoryTooSmall, Rows, is_out_of_memory, let_go
+from dmm_core.economy import STREAMS, MemoryTooSmall, Rows, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.memory import available_ram, peak_resident_bytes
 from dmm_core.optim import has_eight_bit
@@ -172,9 +172,7 @@ def fit(
         stages = tuple(replace(stage, train=replace(stage.train, **changes)) for stage in recipe.stages)
         sparing = replace(recipe, train=replace(recipe.train, **changes), stages=stages)
         specs = [stage.train for stage in stage_recipes(sparing)]
-        least = max(
-            weights_bytes(spec, parameters, device, min(spec.resident or unets, unets), encoder) for spec in specs
-        )
+        least = max(weights_bytes(spec, parameters, device, unets, encoder) for spec in specs)
         if room is not None and least > room:
             continue
         if note is not None:
@@ -230,7 +228,8 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
             ladder.append(step)
 
     if teachers > 1:
-        add(resident=1)
+        if spec.resident != 0:
+            add(resident=1)
         if not spec.fused_backward:
             add(micro=1)
     add(checkpointing=True)
@@ -238,14 +237,17 @@ def candidates(spec: TrainSpec, teachers: int, device: str) -> list[dict[str, An
         add(optimizer="adamw8bit")
     if device.startswith("cuda") and has_bf16(device) and spec.precision in ("auto", "bf16"):
         add(weights="bf16")
+    if device.startswith(STREAMS):
+        add(resident=0)
     add(student="lora")
     return ladder
 
 
-def weights_bytes(spec: TrainSpec, parameters: int, device: str, resident: int, encoder: int = 0) -> int:
-    """Memory for weights, gradients, moments and ``resident`` teachers, without activations: a lower bound.
+def weights_bytes(spec: TrainSpec, parameters: int, device: str, unets: int, encoder: int = 0) -> int:
+    """Memory for weights, gradients, moments and those of the ``unets`` teachers that stay: a lower bound.
 
-    ``encoder``: parameters of a UNet's encoder half, which the discriminator has if there is one.
+    Activations are not counted. ``encoder``: parameters of a UNet's encoder half, which the discriminator has if there
+    is one.
     """
     weight = 2 if spec.weights == "bf16" else 4
     teacher = 2 if device.startswith("cuda") or weight == 2 else 4
@@ -254,7 +256,8 @@ def weights_bytes(spec: TrainSpec, parameters: int, device: str, resident: int, 
         gradient = 0 if spec.fused_backward else weight
         student += gradient + (2 if spec.optimizer == "adamw8bit" else 8) + (4 if spec.ema else 0)
     critic = 0 if not spec.adversarial else 16 if spec.discriminator == "full" else teacher
-    return parameters * (student + teacher * resident) + encoder * critic
+    stay = unets if spec.resident is None else min(spec.resident, unets)
+    return parameters * (student + teacher * stay) + encoder * critic
 
 
 def free_memory(device: str) -> int | None:

@@ -237,7 +237,7 @@ def test_the_plan_counts_old_styles_rows_and_one_earlier_student(folder, tmp_pat
     made = recipe(folder, tmp_path / "o.safetensors")
     told = plan(made)
     assert told.styles == [*OLD, "added"] and told.samples == 4 * 2 * (1 + 1)
-    assert told.memory_bytes == weights_bytes(made.train, told.unet_parameters, "cpu", resident=2)
+    assert told.memory_bytes == weights_bytes(made.train, told.unet_parameters, "cpu", unets=2)
 
 
 def test_what_cannot_be_extended(folder, tmp_path, capsys):

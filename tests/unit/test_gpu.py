@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
     return tiny_teachers(tmp_path_factory.mktemp("teachers"), 3)
 
 
-@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 1, 2, 3])
 @pytest.mark.parametrize("features", [False, True])
 def test_recorded_teachers_say_the_same_while_they_rotate(paths, resident, features):
     """Two sizes of latents, other inputs each time, weights that change under the recording."""
@@ -63,7 +63,7 @@ def test_a_recording_is_made_once_a_shape(monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [{}, {"weights": "bf16"}, {"weights": "bf16", "fused_backward": True}, {"student": "lora"},
-     {"micro": 1, "resident": 1}, {"checkpointing": True}, {"ema": 0.9, "feature": 0.1},
+     {"micro": 1, "resident": 1}, {"micro": 1, "resident": 0}, {"checkpointing": True}, {"ema": 0.9, "feature": 0.1},
      {"adversarial": 0.01}, {"precision": "bf16"}, {"precision": "fp16"}, {"few_step": 3.0}],
 )  # fmt: skip
 def test_training_learns_and_never_waits_for_the_device(tmp_path, paths, more):

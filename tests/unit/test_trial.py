@@ -36,6 +36,14 @@ def test_candidates_go_from_nothing_to_low_rank():
     assert candidates(TrainSpec(checkpointing=True, student="lora"), 1, "cpu")[0] == {}
 
 
+def test_blocks_pass_over_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(trial, "has_bf16", lambda device: False)
+    assert not any(change.get("resident") == 0 for change in candidates(TrainSpec(), 4, "cpu"))
+    assert candidates(TrainSpec(), 4, "cuda")[-2]["resident"] == 0
+    assert not any("resident" in change for change in candidates(TrainSpec(resident=0), 4, "cuda"))
+    assert weights_bytes(TrainSpec(resident=0), 10, "cuda", 4) == 10 * (4 + 4 + 8)
+
+
 def test_the_least_sparing_change_that_fits_is_taken(tmp_path, monkeypatch):
     made = recipe(tmp_path / "o.safetensors", tiny_teachers(tmp_path, 2))
     needs = {"checkpointing": 500, "resident": 700, "": 900}
