@@ -7,7 +7,7 @@ an H200, all of it launching (docs/results.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -46,13 +46,19 @@ def fits(weights: Sequence[Tensor]) -> bool:
     )  # fmt: skip
 
 
+def by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those of one type together, bfloat16 weights and the codebook's: torch's foreach does lists of two one by one."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(tensor)
+    return list(alike.values())
+
+
 def clip_factor(gradients: Sequence[Tensor], most: float | None) -> Tensor:
     """What gradients are multiplied by so that their norm together is ``most`` or less: (); nothing waits for it."""
     if not most:
         return torch.ones((), device=gradients[0].device)
-    norms = torch._foreach_norm(list(gradients))
-    kinds = dict.fromkeys(norm.dtype for norm in norms)  # bfloat16 weights, and the codebook's
-    parts = [torch.stack([norm for norm in norms if norm.dtype == kind]).float() for kind in kinds]
+    parts = [torch.stack(torch._foreach_norm(alike)).float() for alike in by_type(gradients)]
     norm = torch.linalg.vector_norm(torch.cat(parts))
     return (most / (norm + 1e-6)).clamp(max=1.0)
 

@@ -28,6 +28,11 @@ class Context:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What there is of both."""
+        return (self.tokens,) if self.pooled is None else (self.tokens, self.pooled)
+
     def __getitem__(self, rows: slice | Tensor) -> Context:
         return self.map(lambda part: part[rows])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,19 @@ from dmm_core.teachers import Teachers
 
 
 @dataclass(frozen=True)
+class Given:
+    """A batch whose rows are on the device, and so are its prompts as its teacher and as the student know them."""
+
+    batch: Batch
+    theirs: Context
+    ours: Context
+
+
+@dataclass(frozen=True)
 class Target:
     """A batch and what its teacher said of it; for few steps, where its path ends."""
 
-    batch: Batch
+    given: Given
     said: Tensor
     features: list[Tensor]
 
@@ -78,7 +87,8 @@ class Distillation:
         self.optimizer = StudentOptimizer([(unet, spec.lr), (codebook, spec.style_lr or spec.lr)], spec, self.device)
         self.critic = Critic(discriminator, spec, self.device, precision) if discriminator else None
         self.ranks = Alone()
-        self.weights = timestep_weights(spec.snr_power)
+        self.weights = timestep_weights(spec.snr_power).to(self.device)
+        self.one_hot = torch.eye(len(student.codebook), device=self.device)
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
         self.warnings: list[str] = []  # of what came before the first step, which tells them
@@ -132,45 +142,58 @@ class Distillation:
         times = INSIDE if self.spec.few_step else 1
         order = [*(batch.teacher for part in parts for batch in part), *later]
         self.teachers.expect([teacher for teacher in order for _ in range(times)])
+        given = iter(self.bring([batch for part in parts for batch in part]))
         failed = False
         try:
             for part in parts:
-                sums += self.learn([self.ask(batch) for batch in part], len(batches))
+                sums += self.learn([self.ask(next(given)) for _ in part], len(batches))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
         return None if self.ranks.any(failed, self.device) else self.ranks.add(sums)
 
-    def ask(self, batch: Batch) -> Target:
+    def bring(self, batches: Sequence[Batch]) -> list[Given]:
+        """Batches on the device, in one copy."""
+        known = [(b, self.teachers.embeddings(b.teacher, b.prompt), self.context[b.prompt]) for b in batches]
+        parts = ((b.x_t, b.t, *(b.again or ()), *theirs.parts, *ours.parts) for b, theirs, ours in known)
+        there = iter(to_device([part for row in parts for part in row], self.device))
+        given = []
+        for batch, *contexts in known:
+            x_t, t, *again = (next(there) for _ in range(2 + len(batch.again or ())))
+            theirs, ours = (Context(*(next(there) for _ in context.parts)) for context in contexts)
+            given.append(Given(replace(batch, x_t=x_t, t=t, again=tuple(again) or None), theirs, ours))
+        return given
+
+    def ask(self, given: Given) -> Target:
         """Let a batch's teacher predict."""
-        x_t, t = to_device((batch.x_t, batch.t), self.device)
+        batch = given.batch
         if self.spec.few_step:
             nothing = len(self.data.prompts) - 1
-            return Target(batch, path_end(self.teachers, batch, x_t, t, nothing, self.spec.few_step), [])
-        eps, features = self.teachers.predict(batch.teacher, x_t, t, batch.prompt, features=self.spec.feature > 0)
-        return Target(batch, eps, features)
+            end = path_end(self.teachers, batch, batch.x_t, batch.t, nothing, self.spec.few_step)
+            return Target(given, end, [])
+        eps, features = self.teachers.predict(
+            batch.teacher, batch.x_t, batch.t, given.theirs, features=self.spec.feature > 0
+        )
+        return Target(given, eps, features)
 
     def learn(self, targets: list[Target], share: int) -> Tensor:
         """Add the gradient of L = L_score + λ_feat L_feat + λ_adv L_adv over these targets, and the discriminator's.
 
         ``share`` teachers make up the step. Returns sums of LOSSES and the number of rows, (teachers, 5).
         """
-        rows = torch.tensor([len(target.batch.t) for target in targets])
-        which = torch.tensor([target.batch.teacher for target in targets]).repeat_interleave(rows)
-        x_t, t, prompt = (torch.cat([getattr(tg.batch, name) for tg in targets]) for name in ("x_t", "t", "prompt"))
-        styles = torch.eye(len(self.student.codebook))[which]
-        x_t, t, styles, weights = to_device((x_t, t, styles, self.weights[t]), self.device)
-        context = self.context[prompt].map(lambda part: to_device((part,), self.device)[0])
+        batches = [target.given.batch for target in targets]
+        x_t, t = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x_t", "t"))
+        styles = torch.cat([self.one_hot[batch.teacher].expand(len(batch.t), -1) for batch in batches])
+        weights, context = self.weights[t], Context.cat([target.given.ours for target in targets])
         wanted = torch.cat([target.said for target in targets])
         features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
-        given = (x_t, t, styles, weights, wanted, context.tokens)
-        given += () if context.pooled is None else (context.pooled,)
+        given = (x_t, t, styles, weights, wanted, *context.parts)
         if not self.critic:
             return self.passes.learn(share, *given, *features)
         eps, loss, score, feature = self.passes.losses(*given, *features)
-        again = [torch.cat(x) for x in zip(*(target.batch.again or () for target in targets), strict=True)]
-        t_again, noise, style = to_device((*again, which), self.device)
+        t_again, noise = (torch.cat(x) for x in zip(*(batch.again or () for batch in batches), strict=True))
+        style = torch.cat([torch.full_like(batch.t, batch.teacher) for batch in batches])
         mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
         adversarial = self.critic.fool(mine, t_again, noise, context, style)
         scaled = partial(self.passes.scaled, share)

@@ -1,6 +1,7 @@
-"""Triton kernels for what a UNet does between its matrix products, on feature maps with the channels last; and AdamW.
+"""Triton kernels for what a UNet does between its convolutions, on feature maps with the channels last; and AdamW.
 
 ``fused.py`` and ``at_once.py`` call them. A map is (N, H·W, C) in memory; sums are taken in float32, whatever its type.
+Before it is normalised, a map may be shifted by s (N, C): what a time embedding and a convolution's bias add to it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ def of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size
 
 
 @triton.jit
+def shift_of(shift_ptr, row, c, channels, SHIFT: tl.constexpr):
+    """What is added to these channels of a row."""
+    shift = (c * 0).to(tl.float32)
+    if SHIFT:
+        shift = tl.load(shift_ptr + row * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    return shift
+
+
+@triton.jit
 def silu_gradient(z):
     s = tl.sigmoid(z)
     return s * (1 + z * (1 - s))
@@ -35,7 +45,8 @@ def silu_gradient(z):
 
 @triton.jit
 def sums_kernel(
-    x_ptr, sums_ptr, positions, channels, size, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr
+    x_ptr, shift_ptr, sums_ptr, positions, channels, size,
+    SHIFT: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Σ(x − k) and Σ(x − k)² of each channel over a span of positions: sums (N, spans, 2, C).
 
@@ -43,13 +54,17 @@ def sums_kernel(
     """
     row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    near = tl.load(x_ptr + row * positions * channels + (c // size) * size, mask=c < channels, other=0.0).to(tl.float32)
+    leader = (c // size) * size
+    near = tl.load(x_ptr + row * positions * channels + leader, mask=c < channels, other=0.0).to(tl.float32)
+    near += shift_of(shift_ptr, row, leader, channels, SHIFT)
+    shift = shift_of(shift_ptr, row, c, channels, SHIFT)
     first, square = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
     for start in tl.static_range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & (c < channels)[None, :]
         at = x_ptr + row * positions * channels + p[:, None] * channels + c[None, :]
-        x = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32) - near[None, :], 0.0)
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+        x = tl.where(inside, x - near[None, :], 0.0)
         first += x
         square += x * x
     to = sums_ptr + (row * spans + span) * 2 * channels + c
@@ -58,29 +73,33 @@ def sums_kernel(
 
 
 @triton.jit
-def over_spans(sums_ptr, row, c, inside, spans, channels, GROUP: tl.constexpr):
-    """Both sums of these channels, over all spans."""
-    first, second = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
+def over_spans(
+    sums_ptr, which: tl.constexpr, kinds: tl.constexpr, row, c, inside, spans, channels, GROUP: tl.constexpr
+):  # fmt: skip
+    """Sums of one of several kinds of these channels, over all spans."""
+    total = tl.zeros([GROUP], tl.float32)
     for span in range(0, spans):
-        at = sums_ptr + (row * spans + span) * 2 * channels + c
-        first += tl.load(at, mask=inside, other=0.0)
-        second += tl.load(at + channels, mask=inside, other=0.0)
-    return first, second
+        total += tl.load(sums_ptr + ((row * spans + span) * kinds + which) * channels + c, mask=inside, other=0.0)
+    return total
 
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps, GROUP: tl.constexpr
+    x_ptr, shift_ptr, sums_ptr, mean_ptr, rstd_ptr, spans, positions, channels, size, eps,
+    SHIFT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/σ of each group of ``size`` channels: (N, G)."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inside = tl.arange(0, GROUP) < size
     c = group * size + tl.arange(0, GROUP)
-    first, square = over_spans(sums_ptr, row, c, inside, spans, channels, GROUP)
+    first = over_spans(sums_ptr, 0, 2, row, c, inside, spans, channels, GROUP)
+    square = over_spans(sums_ptr, 1, 2, row, c, inside, spans, channels, GROUP)
     count = positions * size * 1.0
     mean = tl.sum(first, 0) / count
     variance = tl.maximum(tl.sum(square, 0) / count - mean * mean, 0.0)
     near = tl.load(x_ptr + row * positions * channels + group * size).to(tl.float32)
+    if SHIFT:
+        near += tl.load(shift_ptr + row * channels + group * size).to(tl.float32)
     to = row * tl.num_programs(1) + group
     tl.store(mean_ptr + to, mean + near)
     tl.store(rstd_ptr + to, 1.0 / tl.sqrt(variance + eps))
@@ -88,13 +107,14 @@ def statistics_kernel(
 
 @triton.jit
 def normalise_kernel(
-    x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
-    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
+    mean -= shift_of(shift_ptr, row, c, channels, SHIFT)[None, :]
     for start in tl.static_range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
@@ -108,15 +128,17 @@ def normalise_kernel(
 
 @triton.jit
 def gradient_sums_kernel(
-    x_ptr, dy_ptr, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
-    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr, shift_ptr, dy_ptr, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, positions, channels, size,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Σdz and Σdz·x̂ of each channel over a span of positions: sums (N, spans, 2, C)."""
+    """Σdz, Σdz·x̂ and Σx̂ of each channel over a span of positions: sums (N, spans, 3, C)."""
     row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
+    mean -= shift_of(shift_ptr, row, c, channels, SHIFT)[None, :]
     first, second = tl.zeros([STEP, CHANNELS], tl.float32), tl.zeros([STEP, CHANNELS], tl.float32)
+    units = tl.zeros([STEP, CHANNELS], tl.float32)
     for start in range(0, SPAN, STEP):
         p = span * SPAN + start + tl.arange(0, STEP)
         inside = (p < positions)[:, None] & there[None, :]
@@ -125,39 +147,52 @@ def gradient_sums_kernel(
         dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
             dz *= silu_gradient(normed(x, mean, rstd, weight, bias))
+        unit = tl.where(inside, (x - mean) * rstd, 0.0)
         first += dz
-        second += dz * (x - mean) * rstd
-    to = sums_ptr + (row * spans + span) * 2 * channels + c
+        second += dz * unit
+        if SHIFT:
+            units += unit
+    to = sums_ptr + (row * spans + span) * 3 * channels + c
     tl.store(to, tl.sum(first, 0), mask=there)
     tl.store(to + channels, tl.sum(second, 0), mask=there)
+    tl.store(to + 2 * channels, tl.sum(units, 0), mask=there)
 
 
 @triton.jit
 def gradient_means_kernel(
-    sums_ptr, weight_ptr, first_ptr, second_ptr, spans, positions, channels, size, GROUP: tl.constexpr
+    sums_ptr, weight_ptr, rstd_ptr, first_ptr, second_ptr, dshift_ptr, spans, positions, channels, size,
+    SHIFT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The means of dz·w and dz·w·x̂ over each group: (N, G)."""
+    """The means of dz·w and dz·w·x̂ over each group: (N, G); and the shift's gradient, the sum of dx: (N, C)."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inside = tl.arange(0, GROUP) < size
     c = group * size + tl.arange(0, GROUP)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    first, second = over_spans(sums_ptr, row, c, inside, spans, channels, GROUP)
+    first = over_spans(sums_ptr, 0, 3, row, c, inside, spans, channels, GROUP)
+    second = over_spans(sums_ptr, 1, 3, row, c, inside, spans, channels, GROUP)
     count = positions * size * 1.0
     to = row * tl.num_programs(1) + group
-    tl.store(first_ptr + to, tl.sum(first * weight, 0) / count)
-    tl.store(second_ptr + to, tl.sum(second * weight, 0) / count)
+    first_mean, second_mean = tl.sum(first * weight, 0) / count, tl.sum(second * weight, 0) / count
+    tl.store(first_ptr + to, first_mean)
+    tl.store(second_ptr + to, second_mean)
+    if SHIFT:
+        units = over_spans(sums_ptr, 2, 3, row, c, inside, spans, channels, GROUP)
+        total = (first * weight - positions * first_mean - units * second_mean) * tl.load(rstd_ptr + to)
+        tl.store(dshift_ptr + row * channels + c, total, mask=inside)
 
 
 @triton.jit
 def gradient_kernel(
-    x_ptr, dy_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, first_ptr, second_ptr, positions, channels, size,
-    SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr, shift_ptr, dy_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, first_ptr, second_ptr,
+    positions, channels, size,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx = (dz·w − mean(dz·w) − x̂ mean(dz·w·x̂)) / σ."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     mean, rstd, weight, bias = of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, c, channels, size)
+    mean -= shift_of(shift_ptr, row, c, channels, SHIFT)[None, :]
     group = row * (channels // size) + c // size
     first = tl.load(first_ptr + group, mask=there)[None, :]
     second = tl.load(second_ptr + group, mask=there)[None, :]

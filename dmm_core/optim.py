@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmm_core.adamw import EightBitAdamW, StochasticAdamW, adam_state
-from dmm_core.at_once import clip_factor, fits, works
+from dmm_core.at_once import by_type, clip_factor, fits, works
 from dmm_core.errors import BadInput
 from dmm_core.recipe import TrainSpec
 
@@ -101,7 +101,8 @@ class StudentOptimizer:
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        torch._foreach_zero_([p.grad for p in self.parameters])
+        for alike in by_type(p.grad for p in self.parameters):
+            torch._foreach_zero_(alike)
 
     def step(self, scaler: Any) -> None:
         """Clip and update, unless the backward pass has done so; ``scaler.update`` is the caller's."""

@@ -167,7 +167,7 @@ class Slot:
 
         ``pool``: of the recording of its kernels that is made, or replayed; None calls the UNet itself.
         """
-        inputs = [x for x in (x_t, t, context.tokens, context.pooled) if x is not None]
+        inputs = (x_t, t, *context.parts)
         if pool is None:
             return self._answer(features, *inputs)
         if features not in self.recordings:

@@ -12,19 +12,37 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dmm_core.fused import fuse
+from dmm_core.layers import fuse
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")  # diffusers' blocks that make up nearly all of a UNet
+ALIGNED = 256  # bytes; where torch's allocator would put a tensor
 VARIANTS = 64  # shapes, types and gradient modes that one block's code may be compiled for
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU on the device; for CUDA through pinned memory, without waiting for the copy."""
+    """Tensors of the CPU on the device; for CUDA through pinned memory, without waiting for the copy.
+
+    All in one copy: each would wait in turn for a piece of the teacher that is on its way.
+    """
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return packed(list(tensors), lambda host: host.pin_memory().to(device, non_blocking=True))
+
+
+def packed(tensors: Sequence[Tensor], carry: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Tensors side by side in one of bytes, which is carried, and taken apart again."""
+    rooms = [-(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED for tensor in tensors]
+    host = torch.empty(sum(rooms), dtype=torch.uint8)
+    for tensor, part in zip(tensors, host.split(rooms), strict=True):
+        _values(part, tensor).copy_(tensor)
+    return [_values(part, tensor) for tensor, part in zip(tensors, carry(host).split(rooms), strict=True)]
+
+
+def _values(part: Tensor, like: Tensor) -> Tensor:
+    """Bytes as the tensor that they are, or are to be."""
+    return part[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
 
 
 def wants_channels_last(wanted: bool | None, device: torch.device) -> bool:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dmm_core.residency import Slot
+from dmm_core.speed import ALIGNED
 
 PLACES = 3  # blocks on the device: one works, one is there, one comes
-ALIGNED = 256  # bytes; where torch's allocator would put a tensor
 BLOCK = re.compile(r".+\.(resnets|transformer_blocks)\.\d+\.")  # diffusers' keys of what passes over
 
 

@@ -185,15 +185,22 @@ class Teachers:
                 by_encoder[key] = encode_prompts(encoders.to(self.device), prompts).to("cpu", self.dtype)
             self._embeddings[index] = by_encoder[key]
 
+    def embeddings(self, index: int, prompts: Tensor) -> Context:
+        """Teacher ``index``'s embeddings of prompt numbers (B,), on the CPU; ``embed`` comes first."""
+        return self._embeddings[index][prompts]
+
     def context(self, index: int, prompts: Tensor) -> Context:
-        """Teacher ``index``'s embeddings of prompt numbers (B,); ``embed`` comes first."""
-        return self._embeddings[index][prompts].map(lambda part: to_device((part,), self.device)[0])
+        """The same on the device."""
+        return self.embeddings(index, prompts).map(lambda part: to_device((part,), self.device)[0])
 
     @torch.no_grad()
     def predict(
-        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor, features: bool = False
+        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor | Context, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted."""
+        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted.
+
+        ``prompts``: their numbers (B,) on the CPU, or their ``context``.
+        """
         self.unet(index)
         slot, outputs = self._unets[index], []
 
@@ -202,7 +209,8 @@ class Teachers:
             outputs.extend(more)
             return said
 
-        told = self.told(index, ask, x_t, t, self.context(index, prompts))
+        context = prompts if isinstance(prompts, Context) else self.context(index, prompts)
+        told = self.told(index, ask, x_t, t, context)
         slot.release()
         self._prefetch(index)
         return told, outputs

@@ -107,13 +107,13 @@ def test_recordings_are_the_first_that_is_given_up(tmp_path, teachers, monkeypat
 def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     """Law 8: one draw of x_t, t, noise and prompt drop; each side looks the prompt up in its own encoder's table."""
     distillation = built(tmp_path / "o.safetensors", teachers)
-    asked, seen = [], []
+    asked, seen, drawn = [], [], []
     predict, forward = distillation.teachers.predict, distillation.student.forward
+    bring = distillation.bring
+    monkeypatch.setattr(distillation, "bring", lambda batches: drawn.extend(batches) or bring(batches))
     monkeypatch.setattr(
         distillation.teachers, "predict",
-        lambda i, x, t, p, features=False: (
-            asked.append((x, t, distillation.context[p])) or predict(i, x, t, p, features)
-        ),
+        lambda i, x, t, c, features=False: asked.append((i, x, t, c)) or predict(i, x, t, c, features),
     )  # fmt: skip
     monkeypatch.setattr(
         distillation.student, "forward", lambda x, t, c, w: (seen.append((x, t, c)), forward(x, t, c, w))[1]
@@ -121,10 +121,12 @@ def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     for _ in range(3):
         distillation.step()
     for k, (x, t, context) in enumerate(seen):
-        mine = asked[2 * k : 2 * k + 2]
-        assert torch.equal(x, torch.cat([a[0] for a in mine]))
-        assert torch.equal(t, torch.cat([a[1] for a in mine]))
-        assert torch.equal(context.tokens, torch.cat([a[2].tokens for a in mine]))
+        mine, prompts = asked[2 * k : 2 * k + 2], [batch.prompt for batch in drawn[2 * k : 2 * k + 2]]
+        assert torch.equal(x, torch.cat([a[1] for a in mine]))
+        assert torch.equal(t, torch.cat([a[2] for a in mine]))
+        assert torch.equal(context.tokens, distillation.context[torch.cat(prompts)].tokens)
+        for (teacher, _, _, told), prompt in zip(mine, prompts, strict=True):
+            assert torch.equal(told.tokens, distillation.teachers.embeddings(teacher, prompt).tokens)
 
 
 def test_prompt_drop_is_the_share_asked_for():

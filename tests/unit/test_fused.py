@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmm_core import fused
+from dmm_core import fused, layers
 from dmm_core.conditioning import Context, predict
 from dmm_core.losses import BlockFeatures
 from dmm_core.models import build_unet
@@ -46,6 +46,61 @@ def test_norm_and_its_gradients(silu, dtype, channels, groups, height, width):
         told.append([y.detach().double(), *(tensor.grad.double() for tensor in inputs)])
     for mine, theirs in zip(*told, strict=True):
         assert (mine - theirs).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * theirs.norm() + 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shift_before_the_norm_and_its_gradients(dtype):
+    """Of a size that several programs share, and that fills none of them."""
+    shapes = ((2, 96, 13, 11), (96,), (96,), (2, 96), (2, 96, 13, 11))
+    x, weight, bias, shift, dy = (torch.randn(*shape).to(DEVICE) for shape in shapes)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    told = []
+    for ours in (True, False):
+        inputs = [part.detach().clone().requires_grad_() for part in (x, weight, bias, shift)]
+        if ours:
+            y = fused.GroupNormSiLU.apply(*inputs[:3], 4, 1e-5, True, inputs[3])
+        else:
+            map_, *rest, added = (part.double() for part in inputs)
+            y = F.silu(F.group_norm(map_ + added[:, :, None, None], 4, *rest, 1e-5))
+        y.backward(dy.to(y.dtype))
+        told.append([y.detach().double(), *(part.grad.double() for part in inputs)])
+    for mine, theirs in zip(*told, strict=True):
+        assert (mine - theirs).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * theirs.norm() + 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "channels"), [((3, 50), 40), ((2, 700), 96), ((1,), 1280)])
+def test_layer_norm_and_its_gradients(monkeypatch, dtype, rows, channels):
+    monkeypatch.setattr(fused, "PROGRAMS", 8)  # each has several rows to do
+    x, dy = torch.randn(2, *rows, channels).to(DEVICE).unbind()
+    weight, bias = (torch.randn(channels).to(DEVICE, dtype) for _ in range(2))
+    told = []
+    for ours in (True, False):
+        inputs = [part.detach().to(dtype).requires_grad_() for part in (x, weight, bias)]
+        double = [part.double() for part in inputs]
+        y = fused.RowNorm.apply(*inputs, 1e-5) if ours else F.layer_norm(double[0], (channels,), *double[1:], 1e-5)
+        y.backward(dy.to(y.dtype))
+        told.append([y.detach().double(), *(part.grad.double() for part in inputs)])
+    for mine, theirs in zip(*told, strict=True):
+        assert (mine - theirs).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * theirs.norm() + 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_s_sum_and_its_gradients(dtype):
+    x, h = (torch.randn(3, 80, 9, 17).to(DEVICE, dtype, memory_format=torch.channels_last) for _ in range(2))
+    bias, dy = torch.randn(80).to(DEVICE, dtype), torch.randn(3, 80, 9, 17).to(DEVICE)
+    inputs = [part.requires_grad_() for part in (x, h, bias)]
+    y = fused.Plus.apply(*inputs)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    y.backward(dy.to(dtype))
+    wanted = x.double() + h.double() + bias.double()[:, None, None]
+    close = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (y - wanted).norm() <= close * wanted.norm()
+    for part, theirs in ((x, dy), (h, dy), (bias, dy.sum((0, 2, 3)))):
+        assert (part.grad - theirs).norm() <= close * theirs.norm()
 
 
 @needs_triton
@@ -104,7 +159,7 @@ def test_a_whole_unet_says_the_same(monkeypatch, how, family, checkpointing):
         if checkpointing:
             unet.enable_gradient_checkpointing()
         if ours:
-            fused.fuse(unet)
+            layers.fuse(unet)
         told.append(gradients(unet))
         names.append(list(unet.state_dict()))
         del unet
@@ -113,11 +168,28 @@ def test_a_whole_unet_says_the_same(monkeypatch, how, family, checkpointing):
         assert (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_no_map_is_turned_over(family):
+    """Each block's output has the channels last, whatever kind of block it is: a turned map would have to be copied."""
+    unet = build_unet(tiny.unet_config(family), tiny.unet(family), torch.float32, Path("tiny"), styled=True)
+    layers.fuse(unet.to(DEVICE, memory_format=torch.channels_last).requires_grad_(True).train())
+    seen = []
+    for module in unet.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel", "Conv2d", "Conv", "Norm"):
+            module.register_forward_hook(
+                lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+            )
+    gradients(unet)
+    maps = [output for output in seen if output.ndim == 4]
+    assert len(maps) > 20 and all(layers.is_channels_last(output) for output in maps)
+
+
 def test_every_norm_between_convolutions_is_taken_over():
     unet = build_unet(tiny.unet_config("sd15"), tiny.unet("sd15"), torch.float32, Path("tiny"), styled=True)
-    fused.fuse(unet)
+    layers.fuse(unet)
     norms = [module for module in unet.modules() if isinstance(module, torch.nn.GroupNorm)]
-    assert norms and all(isinstance(norm, fused.Norm) for norm in norms)
+    assert norms and all(isinstance(norm, layers.Norm) for norm in norms)
     assert not any(
-        isinstance(module, torch.nn.SiLU) and name != "time_embedding.act" for name, module in unet.named_modules()
+        type(module) in (torch.nn.LayerNorm, torch.nn.GroupNorm) or type(module).__name__ == "AttnProcessor2_0"
+        for module in unet.modules()
     )
