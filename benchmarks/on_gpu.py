@@ -14,6 +14,7 @@ if its usual length fits into the rest of the time, and stopped at twice that le
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -49,12 +50,13 @@ class Part:
         return [sys.executable, script, *arguments, "--device", device, "--out", str(self.found(out))]
 
 
+SIDE_BY_SIDE = ("-n", "6") if importlib.util.find_spec("xdist") else ()
 FAST = "two teachers a step"
 ROTATION = tuple(f"{kept}, a pass a teacher" for kept in ("all resident", "resident 1", "resident 2"))
-AHEAD = tuple(f"{FAST}, resident {places}" for places in (3, 4))
+AHEAD = tuple(f"{FAST}, resident {places}" for places in (0, 3))
+STREAMED = "no teacher stays"
 SD15, SDXL = ("--batch", "2", "--steps", "5"), ("--family", "sdxl", "--steps", "3")
 SPEEDS = ("--parts", "speeds", "--only", "plain")
-PROFILED = ("--parts", "speeds", "profile", "--only", "plain")
 
 
 def few_rows(*more: str) -> tuple[str, ...]:
@@ -63,18 +65,21 @@ def few_rows(*more: str) -> tuple[str, ...]:
 
 
 BESIDE = (
-    Part("tests", 70, ("pytest", "-q", "-m", "gpu or not gpu", *(f"tests/unit/test_{name}.py"
+    Part("tests", 60, ("pytest", "-q", *SIDE_BY_SIDE, "-m", "gpu or not gpu", *(f"tests/unit/test_{name}.py"
                         for name in ("gpu", "fused", "at_once")))),
     Part("sd15-memory", 60, ("train_step.py", *SD15, "--parts", "memory")),
-    Part("sdxl-memory", 80, ("train_step.py", *SDXL, "--batch", "2", "--parts", "memory")),
-    Part("planner", 80, ("plan_peak.py", "--teachers", "2", "--only", "LoRA", "full, 8-bit", "preset preview")),
+    Part("sdxl-memory", 55, ("train_step.py", *SDXL, "--batch", "1", "--parts", "memory", "--only",
+                             f"full, 8-bit, {STREAMED}", f"LoRA, rank 32, 8-bit, {STREAMED}", "LoRA, rank 32, 8-bit")),
+    Part("planner", 60, ("plan_peak.py", "--teachers", "2", "--only", "LoRA")),
 )  # fmt: skip
 TIMED = (
-    Part("sd15-16-rows", 130, ("train_step.py", *SD15, *PROFILED, *ROTATION, *AHEAD, FAST)),
-    Part("sdxl-8-rows", 90, ("train_step.py", *SDXL, "--batch", "2", *PROFILED, FAST)),
-    Part("sd15-4-rows", 50, (*few_rows("--steps", "5"), "4", *PROFILED, FAST)),
-    Part("sd15-2-rows", 50, (*few_rows("--steps", "5"), "2", *SPEEDS, "all resident")),
-    Part("sdxl-2-rows", 60, (*few_rows(*SDXL), "2", *SPEEDS, "all resident")),
+    Part("sd15-16-rows", 60, ("train_step.py", *SD15, *SPEEDS, *AHEAD, FAST)),
+    Part("sdxl-8-rows", 60, ("train_step.py", *SDXL, "--batch", "2", *SPEEDS, FAST)),
+    Part("sd15-4-rows", 30, (*few_rows("--steps", "5"), "4", *SPEEDS, FAST)),
+    Part("sd15-2-rows", 30, (*few_rows("--steps", "5"), "2", *SPEEDS, "all resident")),
+    Part("sdxl-2-rows", 45, (*few_rows(*SDXL), "2", *SPEEDS, "all resident")),
+    Part("sd15-rotation", 60, ("train_step.py", "--batch", "4", "--steps", "3", *SPEEDS[:-1], *ROTATION)),
+    Part("sd15-profile", 40, ("train_step.py", *SD15, "--parts", "profile", "--only", FAST)),
     *(Part(f"sd15-{8 * batch}-rows", 50, ("train_step.py", "--batch", str(batch), "--steps", "5", *SPEEDS, FAST))
       for batch in (1, 3)),
     Part("sd15-compiled", 300, ("train_step.py", *SD15, "--compile", *SPEEDS, FAST, f"{FAST}, compiled")),

@@ -76,7 +76,7 @@ class Bench:
         }
         if self.teachers > TOGETHER:  # as many rows of fewer teachers: each pass of a teacher fills the device better
             pairs["two teachers a step"] = few
-            pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (3, 4)}
+            pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (0, 3, 4)}
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":
@@ -190,8 +190,9 @@ class Bench:
         }
         settings |= lora
         settings |= {f"{name}, no teacher stays": {**settings[name], "resident": 0} for name in ("full, 8-bit", *lora)}
-        for name, more in settings.items():
-            for batch in (1, self.batch):
+        wanted = {name: more for name, more in settings.items() if name in (self.args.only or settings)}
+        for name, more in wanted.items():
+            for batch in dict.fromkeys((1, self.batch)):
 
                 def work(more: dict[str, Any] = more, batch: int = batch) -> dict[str, int]:
                     left = torch.cuda.memory_allocated()  # of what came before: nothing, or the figures are wrong
@@ -282,7 +283,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each variant")
     parser.add_argument("--rounds", type=int, default=3, help="on a CPU: how often the variants take turns")
     parser.add_argument("--parts", nargs="+", choices=["speeds", "memory", "profile"], default=["speeds", "memory"])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants that are timed; the last one is profiled")
+    told = "variants that are timed, of which the last is profiled, or settings whose memory is measured"
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=told)
     parser.add_argument("--compile", action="store_true", help="time a compiled trainer too")
     parser.add_argument("--folder", type=Path, help="where the models are made and kept")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
