@@ -154,10 +154,13 @@ class Plus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+        from dmm_core import kernels as maps
         from dmm_core import kernels_rows as k
 
-        y = torch.empty_like(x)
-        k.plus_kernel[(-(-x.numel() // BLOCK),)](x, h, bias, y, x.numel(), x.shape[1], BLOCK=BLOCK)
+        y, channels = torch.empty_like(x), x.shape[1]
+        rows = x.numel() // channels
+        grid = (-(-rows // STEP), -(-channels // maps.CHANNELS))
+        k.plus_kernel[grid](x, h, bias, y, rows, channels, STEP=STEP, CHANNELS=maps.CHANNELS)
         ctx.dtype = bias.dtype
         return y
 
@@ -190,7 +193,7 @@ class RowNorm(torch.autograd.Function):
         programs = -(-rows // (together * steps))
         sums = torch.empty(programs, 2, channels, device=x.device)
         k.row_norm_gradient_kernel[(programs,)](
-            x, dy, dx, mean, rstd, weight, sums, rows, channels, steps, ROWS=together, CHANNELS=wide
+            x, dy, dx, mean, rstd, weight, sums, rows, channels, steps, ROWS=together, CHANNELS=wide, num_warps=8
         )  # fmt: skip
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None

@@ -10,14 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
-def plus_kernel(x_ptr, h_ptr, bias_ptr, y_ptr, count, channels, BLOCK: tl.constexpr):
+def plus_kernel(x_ptr, h_ptr, bias_ptr, y_ptr, rows, channels, STEP: tl.constexpr, CHANNELS: tl.constexpr):
     """y = x + h + bias."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = i < count
-    x = tl.load(x_ptr + i, mask=there).to(tl.float32)
-    h = tl.load(h_ptr + i, mask=there).to(tl.float32)
-    bias = tl.load(bias_ptr + i % channels, mask=there).to(tl.float32)
-    tl.store(y_ptr + i, (x + h + bias).to(y_ptr.dtype.element_ty), mask=there)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    r = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    inside = (r < rows)[:, None] & (c < channels)[None, :]
+    at = r[:, None] * channels + c[None, :]
+    bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
+    h = tl.load(h_ptr + at, mask=inside).to(tl.float32)
+    tl.store(y_ptr + at, (x + h + bias).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

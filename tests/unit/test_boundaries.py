@@ -52,9 +52,8 @@ def test_core_imports_nothing_undeclared():
     allowed |= {"bitsandbytes"}  # optional: 8-bit moments, where it is installed
     opens = {
         ROOT / "dmm_core" / "commands" / "ui.py": {"a1111_extension"},  # the tab, over gradio alone
-        **dict.fromkeys(
-            ROOT.glob("dmm_core/kernels*.py"), {"triton"}
-        ),  # with torch for CUDA; asked for before it is used
+        # comes with torch for CUDA on Linux; asked for before it is used
+        **{path: {"triton"} for path in ROOT.glob("dmm_core/kernels*.py")},
     }
     stray = {str(p.relative_to(ROOT)): imports(p) - allowed - opens.get(p, set()) for p in SOURCES if p not in tools}
     assert not {path: names for path, names in stray.items() if names}
