@@ -65,16 +65,16 @@ def few_rows(*more: str) -> tuple[str, ...]:
 
 
 BESIDE = (
-    Part("tests", 60, ("pytest", "-q", *SIDE_BY_SIDE, "-m", "gpu or not gpu", *(f"tests/unit/test_{name}.py"
+    Part("tests", 100, ("pytest", "-q", *SIDE_BY_SIDE, "-m", "gpu or not gpu", *(f"tests/unit/test_{name}.py"
                         for name in ("gpu", "fused", "at_once")))),
     Part("sd15-memory", 60, ("train_step.py", *SD15, "--parts", "memory")),
-    Part("sdxl-memory", 55, ("train_step.py", *SDXL, "--batch", "1", "--parts", "memory", "--only",
+    Part("sdxl-memory", 130, ("train_step.py", *SDXL, "--batch", "1", "--parts", "memory", "--only",
                              f"full, 8-bit, {STREAMED}", f"LoRA, rank 32, 8-bit, {STREAMED}", "LoRA, rank 32, 8-bit")),
-    Part("planner", 60, ("plan_peak.py", "--teachers", "2", "--only", "LoRA")),
+    Part("planner", 150, ("plan_peak.py", "--teachers", "2", "--only", "LoRA")),
 )  # fmt: skip
 TIMED = (
-    Part("sd15-16-rows", 60, ("train_step.py", *SD15, *SPEEDS, *AHEAD, FAST)),
-    Part("sdxl-8-rows", 60, ("train_step.py", *SDXL, "--batch", "2", *SPEEDS, FAST)),
+    Part("sd15-16-rows", 90, ("train_step.py", *SD15, *SPEEDS, *AHEAD, FAST)),
+    Part("sdxl-8-rows", 75, ("train_step.py", *SDXL, "--batch", "2", *SPEEDS, FAST)),
     Part("sd15-4-rows", 30, (*few_rows("--steps", "5"), "4", *SPEEDS, FAST)),
     Part("sd15-2-rows", 30, (*few_rows("--steps", "5"), "2", *SPEEDS, "all resident")),
     Part("sdxl-2-rows", 45, (*few_rows(*SDXL), "2", *SPEEDS, "all resident")),
