@@ -241,14 +241,17 @@ class Bench:
         ours = [name for name in speeds if not name.startswith("plain")]
         fastest = min(ours, key=lambda n: speeds[n]["seconds"], default=None)
         ratio = lambda a, b: speeds[a]["seconds"] / speeds[b]["seconds"] if a in speeds and b in speeds else None  # noqa: E731
-        still = "all resident, a pass a teacher"
+        stay = {"resident {}, a pass a teacher": "all resident, a pass a teacher",
+                "two teachers a step, resident {}": "two teachers a step"}  # fmt: skip
+        rotation = {
+            (name := form.format(kept)): ratio(name, still) for form, still in stay.items() for kept in range(5)
+        }
         return {
             "device": device_name(self.device), "torch": torch.__version__, "commit": commit(),
             "date": str(date.today()), "teachers": self.teachers, "rows": self.rows, "precision": self.half,
             "latent": list(self.subjects.latents.shape[1:]), "speeds": speeds, "fastest": fastest,
             "times_plain": ratio(plain, fastest) if fastest else None, "plain": plain,
-            "rotation_cost": {f"resident {r}": (ratio(f"resident {r}, a pass a teacher", still) or float("nan")) - 1
-                              for r in (1, 2)},
+            "rotation_cost": {name: cost - 1 for name, cost in rotation.items() if cost},
             "flops_a_step": flops, "matmul_peak": peak,
             "share_of_peak": flops / speeds[fastest]["seconds"] / peak if fastest and flops else None,
             "peak_vram": self.memory() if "memory" in wanted else {}, "failed": self.failed,
