@@ -122,7 +122,8 @@ def with_stages(data: Any) -> Any:
             own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
         if given.get("name") == "few_step":
             own["data"] = {"foreign": 0.0}  # as it was measured
-            own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "feature": 0.0, "snr_power": 0.0}
+            own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, "snr_power": 0.0}
+            own["train"] |= {"feature": 0.0, "adversarial": 0.0}  # which have no meaning in it
             own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
         filled = dict(given)
         for key, common in (("data", data_of), ("train", train)):

@@ -283,8 +283,10 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
         for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
-    told = f"train.feature: expected 0 with few_step, got {train.feature}"
-    demand(not (train.few_step and train.feature), told, "It compares the teachers' outputs without guidance.")
+    for key, why in (("feature", "compares the teachers' outputs without guidance"),
+                     ("adversarial", "compares predictions of x̂0, and this is of where steps end")):  # fmt: skip
+        told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
+        demand(not (train.few_step and getattr(train, key)), told, f"It {why}.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
         fine = getattr(train, key) in ("fp32", False) or not narrow

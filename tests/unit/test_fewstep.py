@@ -132,9 +132,10 @@ def test_exact_resume(tmp_path, teachers):
     assert furthest(through, after(second, 2)) == 0
 
 
-def recipe(out: Path, teachers: list[Path], **data):
+def recipe(out: Path, teachers: list[Path], train=(), **data):
     spec = {"teachers": [str(path) for path in teachers], "out": str(out), "data": SMALL | data}
-    return recipe_from_dict(spec | {"stages": ["distil", "few_step"], "train": TRAIN | {"steps": 4, "save_every": 0}})
+    train = TRAIN | {"steps": 4, "save_every": 0} | dict(train)
+    return recipe_from_dict(spec | {"stages": ["distil", "few_step"], "train": train})
 
 
 def test_the_stage(tmp_path, teachers):
@@ -145,9 +146,12 @@ def test_the_stage(tmp_path, teachers):
     assert first.work == second.work
 
 
-def test_features_have_no_place_in_it(tmp_path, teachers):
-    with pytest.raises(RecipeError, match=r"train\.feature"):
-        built(tmp_path / "o.safetensors", teachers, few_step=2.0, feature=0.1)
+@pytest.mark.parametrize("loss", ["feature", "adversarial"])
+def test_other_losses_have_no_place_in_it(tmp_path, teachers, loss):
+    with pytest.raises(RecipeError, match=rf"train\.{loss}: expected 0 with few_step"):
+        built(tmp_path / "o.safetensors", teachers, few_step=2.0, **{loss: 0.1})
+    made = recipe(tmp_path / "o.safetensors", teachers, {loss: 0.1})
+    assert [getattr(stage_recipe(made, i).train, loss) for i in (0, 1)] == [0.1, 0.0], "the stage leaves it out"
 
 
 @pytest.fixture(scope="module")
