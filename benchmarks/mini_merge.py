@@ -123,7 +123,10 @@ def change(text: str) -> tuple[str, str, Any]:
     section, _, key = name.partition(".")
     if section not in ("train", "data") or not (key and value):
         raise argparse.ArgumentTypeError(f"{text}: expected train.KEY=VALUE or data.KEY=VALUE")
-    return section, key, json.loads(value)
+    try:
+        return section, key, json.loads(value)
+    except json.JSONDecodeError:  # lora, bf16
+        return section, key, value
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
 from dmm_core.fewstep import INSIDE, path_end
 from dmm_core.losses import timestep_weights
+from dmm_core.lowrank import FASTER
 from dmm_core.optim import StudentOptimizer
 from dmm_core.passes import Passes, tally
 from dmm_core.ranks import Alone
@@ -84,7 +85,8 @@ class Distillation:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         unet, codebook = student.learning()
         self.learned = [*unet, *codebook]
-        self.optimizer = StudentOptimizer([(unet, spec.lr), (codebook, spec.style_lr or spec.lr)], spec, self.device)
+        lr = spec.lr * (FASTER if student.adapters else 1)
+        self.optimizer = StudentOptimizer([(unet, lr), (codebook, spec.style_lr or spec.lr)], spec, self.device)
         self.critic = Critic(discriminator, spec, self.device, precision) if discriminator else None
         self.ranks = Alone()
         self.weights = timestep_weights(spec.snr_power).to(self.device)

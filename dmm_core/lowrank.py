@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FASTER = 10  # the adapters' learning rate over a whole UNet's: at the same one they stay behind (docs/results.md)
+
 
 class LowRank(nn.Module):
     """The change of one layer. Starts at zero: ``up`` is zero, ``down`` random with variance 1 / inputs.

@@ -83,10 +83,10 @@ class TrainSpec:
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
 
-    Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet; ``weights`` bf16 are rounded at
-    random; ``optimizer`` adamw8bit needs bitsandbytes; ``fused_backward`` updates each weight as soon as its
-    gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice instead
-    of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly),
+    Memory: ``student`` lora trains changes of low ``rank`` beside a frozen UNet, at 10 times ``lr``; ``weights`` bf16
+    are rounded at random; ``optimizer`` adamw8bit needs bitsandbytes; ``fused_backward`` updates each weight as soon as
+    its gradient is there (``grad_clip`` is then each gradient's own); ``checkpointing`` computes activations twice
+    instead of keeping them. Speed: ``channels_last`` (None: where it is faster), ``compile`` (by torch; begins slowly),
     ``cuda_graphs`` of the teachers, and of the student where there is memory twice over (None: on CUDA, unless
     ``checkpointing`` tells that memory is short).
     """

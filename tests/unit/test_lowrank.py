@@ -7,7 +7,7 @@ import torch
 
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
-from dmm_core.lowrank import LowRank
+from dmm_core.lowrank import FASTER, LowRank
 from dmm_core.models import build_unet
 from tests.unit.merges import built, tiny_teachers
 
@@ -62,6 +62,19 @@ def test_folded_is_live_through_the_file(tmp_path, teachers):
         without = student(x, t, context, styles)
     torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(live, without, atol=1e-3)
+
+
+def test_adapters_learn_faster_than_a_whole_unet(tmp_path, teachers):
+    """And the codebook as it does beside a whole one, whatever the optimizer's economy."""
+    for more in ({}, {"fused_backward": True}):
+        full, low = (
+            built(tmp_path / "o.safetensors", teachers, student=kind, style_lr=0.5, **more) for kind in ("full", "lora")
+        )
+        rates = [
+            {group["peak"] for optimizer in run.optimizer.optimizers for group in optimizer.param_groups}
+            for run in (full, low)
+        ]
+        assert rates == [{1e-3, 0.5}, {FASTER * 1e-3, 0.5}]
 
 
 def test_the_state_holds_what_learns(tmp_path, teachers):
