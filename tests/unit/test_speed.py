@@ -13,7 +13,7 @@ from dmm_core.losses import BlockFeatures
 from dmm_core.lowrank import Adapters
 from dmm_core.models import build_unet
 from dmm_core.plan import choose_precision
-from dmm_core.speed import REPEATED, quicken, side_by_side, to_device, wants_channels_last
+from dmm_core.speed import REPEATED, packed, quicken, side_by_side, to_device, wants_channels_last
 from tests.unit.merges import built, tiny_teachers
 
 
@@ -128,3 +128,14 @@ def test_an_error_side_by_side_is_told_and_the_threads_come_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_tensors_are_carried_together_and_come_back_as_they_were():
+    tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(2, 4, 6).bfloat16().transpose(1, 2), torch.tensor(2.5),
+               torch.empty(0, 4), torch.tensor([True, False])]  # fmt: skip
+    carried = []
+    there = packed(tensors, lambda host: carried.append(host) or host.clone())
+    assert len(carried) == 1
+    for a, b in zip(tensors, there, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) and b.data_ptr() % b.element_size() == 0
+    assert packed([], lambda host: host) == []
