@@ -63,9 +63,9 @@ def search(merge: Merge, blocks: Blocks, steps: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         state, losses = blocks.merged(), []
         for teacher in range(len(run.teachers)):
-            target = run.ask(run.data.draw(teacher, run.spec.batch, rng))
-            batch, context = target.batch, run.context[target.batch.prompt]
-            eps = functional_call(unet, state, (batch.x_t, batch.t, context.tokens)).sample
+            (given,) = run.bring([run.data.draw(teacher, run.spec.batch, rng)])
+            target, batch = run.ask(given), given.batch
+            eps = functional_call(unet, state, (batch.x_t, batch.t, given.ours.tokens)).sample
             losses.append((score_loss(eps, target.said) * run.weights[batch.t]).mean())
         optimizer.zero_grad()
         loss = torch.stack(losses).mean()

@@ -41,7 +41,7 @@ def test_rank_is_at_most_the_layer_s():
 
 def test_folded_is_live_through_the_file(tmp_path, teachers):
     """After training: the student with its hooks, and the DMM file that any host reads."""
-    distillation = built(tmp_path / "o.safetensors", teachers, student="lora", rank=4, lr=1e-2, ema=0.5, feature=0.1)
+    distillation = built(tmp_path / "o.safetensors", teachers, student="lora", rank=4, lr=1e-3, ema=0.5, feature=0.1)
     frozen = {key: value.clone() for key, value in distillation.student.unet.state_dict().items()}
     losses = [distillation.step().loss for _ in range(6)]
     assert losses[-1] < losses[0]
