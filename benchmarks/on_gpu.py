@@ -1,7 +1,6 @@
 """Everything that only a GPU can tell, in one go and a given time, each part in its own process.
 
-Parts that are not timed run beside each other first (they hold some 50 GB together), then those that are, one after the
-other, the most wanted first.
+Parts that are not timed run beside each other first, then those that are, one after the other, the most wanted first.
 
     python benchmarks/on_gpu.py --out benchmarks/results/gpu --minutes 9
     python benchmarks/on_gpu.py --out benchmarks/results/gpu --minutes 9      # again: what the first call did not reach

@@ -21,7 +21,7 @@ from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
 from dmm_core.diffusion import predict_x0
 from dmm_core.discriminator import Critic, Discriminator
-from dmm_core.economy import STREAMS, Economy, is_out_of_memory, let_go
+from dmm_core.economy import Economy, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
 from dmm_core.fewstep import INSIDE, path_end
@@ -100,8 +100,8 @@ class Distillation:
         self.passes = Passes(
             student, spec, precision, self.scaler, teachers.prediction_type, context.pooled is not None
         )
-        least = 0 if self.device.type in STREAMS else 1
-        self.economy = Economy(rows, spec.checkpointing, teachers.resident, not spec.fused_backward, least)
+        splits = not spec.fused_backward
+        self.economy = Economy(rows, spec.checkpointing, teachers.resident, splits, teachers.least)
         self.be_sparing()
 
     # ------------------------------------------------------------ the step
@@ -144,9 +144,9 @@ class Distillation:
         times = INSIDE if self.spec.few_step else 1
         order = [*(batch.teacher for part in parts for batch in part), *later]
         self.teachers.expect([teacher for teacher in order for _ in range(times)])
-        given = iter(self.bring([batch for part in parts for batch in part]))
         failed = False
         try:
+            given = iter(self.bring([batch for part in parts for batch in part]))
             for part in parts:
                 sums += self.learn([self.ask(next(given)) for _ in part], len(batches))
         except (RuntimeError, MemoryError) as error:

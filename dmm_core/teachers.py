@@ -49,7 +49,7 @@ class Teachers:
     ) -> None:
         self.checkpoints = list(checkpoints)
         self.device, self.dtype = torch.device(device), dtype
-        self.resident = len(self.checkpoints) if resident is None else self._possible(resident)
+        self.resident = len(self.checkpoints) if resident is None else max(resident, self.least)
         self.channels_last, self.compiled = channels_last, compiled
         self.prediction_type = prediction_type or self.checkpoints[0].prediction_type
         self.loads = 0
@@ -60,8 +60,10 @@ class Teachers:
         self._pool: Any = None
         self._embeddings: dict[int, Context] = {}
 
-    def _possible(self, resident: int) -> int:
-        return resident or int(self.device.type not in STREAMS)
+    @property
+    def least(self) -> int:
+        """How few may be on the device: none where their blocks may pass over it."""
+        return int(self.device.type not in STREAMS)
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -148,7 +150,7 @@ class Teachers:
         Args:
             record: whether ``predict`` records and replays a UNet's kernels, for which it keeps memory.
         """
-        resident = self._possible(resident)
+        resident = max(resident, self.least)
         if bool(resident) != bool(self.resident):
             self._unets.clear()
         self.resident = resident

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmm_core import distill, teachers
+from dmm_core import teachers
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context, predict
 from dmm_core.models import build_unet
@@ -19,8 +19,7 @@ ORDER = (0, 1, 1, 0, 2)
 @pytest.fixture
 def streams(monkeypatch):
     """As if the CPU had memory of its own."""
-    for module in (teachers, distill):
-        monkeypatch.setattr(module, "STREAMS", ("cpu", "cuda"))
+    monkeypatch.setattr(teachers, "STREAMS", ("cpu", "cuda"))
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
