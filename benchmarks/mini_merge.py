@@ -6,6 +6,8 @@ already, so the command can be stopped and called again, and calls with other se
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
     python benchmarks/mini_merge.py --out benchmarks/results/few_samples.jsonl --steps 700 --gap-only --seeds 0 \
         --start average --losses score --set train.lr=0.0005
+    python benchmarks/mini_merge.py --out benchmarks/results/paper.jsonl --steps 29000 --seeds 0 --start base \
+        --losses "score + feature" --drawings build/mini --set train.lr=0.00025 train.snr_power=0.0
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --show docs/mini_merge.png
 """
 
@@ -28,11 +30,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
+from drawings import drawn_latents
 
 from dmm_core.measure import SEEDS_B, Compared, commit, device_name, draw_compared, measure, probe_gap
 from dmm_core.recipe import recipe_from_dict, work_folder
 from dmm_core.run import Merge, bench_of, prepare
 from mini_family import demo, family
+from mini_family.draw import STYLES
 
 LOSSES: dict[str, dict[str, Any]] = {  # with the paper's λ_feat and λ_adv
     "score": {},
@@ -53,6 +57,7 @@ class Runs:
         self.folder, self.steps, self.points = folder, args.steps, args.points
         self.changes, self.finish = args.changes, args.finish
         self.gap_only, self.invented = args.gap_only, args.invented
+        self.drawings, self.looks = args.drawings, args.looks
         self.compared: Compared | None = None
         self.held_out: dict[str, Tensor] = {}
 
@@ -77,7 +82,10 @@ class Runs:
             rest = {"steps": self.steps - last["steps"]}
             data["stages"] = [{"name": "distil", "train": rest}, {"name": "distil", "train": last}]
         latents = self.folder / f"latents-{seed}-{drawn}.safetensors"
-        if not latents.exists():
+        if self.drawings:
+            latents = self.folder / f"latents-{'-'.join(self.looks)}.safetensors"
+            drawn_latents(self.drawings, base, self.looks, latents)
+        elif not latents.exists():
             merge = prepare(recipe_from_dict({key: value for key, value in data.items() if key != "stages"}))
             (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
         data["data"] |= {"kind": "cache", "path": str(latents)}
@@ -143,12 +151,17 @@ def main() -> None:
     parser.add_argument("--finish", type=change, nargs="+", default=[], metavar="KEY=VALUE",
                         help="a second stage: train.steps=2000 (of --steps), train.snr_power=0 ...")  # fmt: skip
     parser.add_argument("--invented", type=int, default=demo.INVENTED, help="prompts of names that mean nothing")
+    parser.add_argument("--drawings", type=Path, metavar="DIR",
+                        help="learn from drawings of mini_family.draw, as the paper from JourneyDB")  # fmt: skip
+    parser.add_argument("--looks", nargs="+", default=list(STYLES), choices=STYLES, help="of the drawings")
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
     args = parser.parse_args()
     if args.finish and "steps" not in {key for _, key, _ in args.finish}:
         parser.error("--finish: expected train.steps=STEPS among its changes")
+    if args.drawings and any(losses.endswith(SYNTHESISED) for losses in args.losses):
+        parser.error("--drawings: the synthesised stage needs pictures that the teachers draw")
     if args.show:
         from mini_merge_chart import show
 
@@ -159,7 +172,11 @@ def main() -> None:
     runs = Runs(args.folder.absolute(), args)
     told = [f"{section}.{key}={value}" for section, key, value in args.changes]
     told += [f"finish.{key}={value}" for _, key, value in args.finish]
-    changes = " ".join(told + [f"invented={args.invented}"] * (args.invented != demo.INVENTED))
+    if args.drawings:
+        told.append(f"drawings={'+'.join(args.looks)}")
+    elif args.invented != demo.INVENTED:
+        told.append(f"invented={args.invented}")
+    changes = " ".join(told)
     for seed, start, losses in itertools.product(args.seeds, args.start, args.losses):
         row = dict(zip(KEY, (args.steps, seed, start, losses, changes), strict=True))
         if rows.has(args.out, row):
