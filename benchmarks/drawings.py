@@ -1,7 +1,7 @@
 """The drawings that the mini family's base was trained on, as training data: what JourneyDB is to the paper.
 
 DMM (arXiv:2504.12364) §3.4 trains on a general set of captioned pictures, the same for all teachers and made by none of
-them. The mini family's is what ``mini_family.draw`` writes: all looks, each named in its caption.
+them. The mini family's is what ``mini_family.draw`` writes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mini_family.draw import BASE, STYLES
 from mini_family.names import caption, subjects
 
 
-def drawn_latents(data: Path, base: Path, looks: Iterable[str], out: Path) -> Path:
+def drawn_latents(data: Path, base: Path, looks: Iterable[str], out: Path, named: bool = True) -> Path:
     """A cache of latents for all teachers, made once: every drawing in ``looks`` of the subjects that are not held out.
 
     Args:
         data: the folder with a ``STYLE.npz`` a look.
         base: the checkpoint whose VAE encodes them.
+        named: whether captions name the look.
 
     Raises:
         SystemExit: no such drawings.
@@ -46,6 +47,6 @@ def drawn_latents(data: Path, base: Path, looks: Iterable[str], out: Path) -> Pa
         latents.append(encode(vae, pictures.reshape(-1, *pictures.shape[2:])))
         first = torch.arange(len(prompts), len(prompts) + len(names))
         numbers.append(first.repeat_interleave(pictures.shape[1]))
-        prompts += [caption(name, "" if look == BASE.name else look) for name in names]
+        prompts += [caption(name, look if named and look != BASE.name else "") for name in names]
     save_cache(out, prompts, [(Pool(torch.cat(latents), torch.cat(numbers)),)])
     return out

@@ -57,7 +57,7 @@ class Runs:
         self.folder, self.steps, self.points = folder, args.steps, args.points
         self.changes, self.finish = args.changes, args.finish
         self.gap_only, self.invented = args.gap_only, args.invented
-        self.drawings, self.looks = args.drawings, args.looks
+        self.drawings, self.looks, self.plain = args.drawings, args.looks, args.plain
         self.compared: Compared | None = None
         self.held_out: dict[str, Tensor] = {}
 
@@ -83,8 +83,8 @@ class Runs:
             data["stages"] = [{"name": "distil", "train": rest}, {"name": "distil", "train": last}]
         latents = self.folder / f"latents-{seed}-{drawn}.safetensors"
         if self.drawings:
-            latents = self.folder / f"latents-{'-'.join(self.looks)}.safetensors"
-            drawn_latents(self.drawings, base, self.looks, latents)
+            latents = self.folder / f"latents-{'-'.join(self.looks)}{'-plain' * self.plain}.safetensors"
+            drawn_latents(self.drawings, base, self.looks, latents, not self.plain)
         elif not latents.exists():
             merge = prepare(recipe_from_dict({key: value for key, value in data.items() if key != "stages"}))
             (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--drawings", type=Path, metavar="DIR",
                         help="learn from drawings of mini_family.draw, as the paper from JourneyDB")  # fmt: skip
     parser.add_argument("--looks", nargs="+", default=list(STYLES), choices=STYLES, help="of the drawings")
+    parser.add_argument("--plain", action="store_true", help="captions of drawings do not name their look")
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
@@ -173,7 +174,7 @@ def main() -> None:
     told = [f"{section}.{key}={value}" for section, key, value in args.changes]
     told += [f"finish.{key}={value}" for _, key, value in args.finish]
     if args.drawings:
-        told.append(f"drawings={'+'.join(args.looks)}")
+        told.append(f"drawings={'+'.join(args.looks)}{' plain' * args.plain}")
     elif args.invented != demo.INVENTED:
         told.append(f"invented={args.invented}")
     changes = " ".join(told)
