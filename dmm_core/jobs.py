@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dmm_core import inputs
 from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
@@ -150,7 +151,7 @@ def start(
     training = training or training_python()
     work = work_folder(recipe)
     _require_free(recipe)
-    if replace and not same_merge(recipe, work):
+    if replace and (inputs.changed(recipe) or not same_merge(recipe, work)):
         clear_work(work)
     elif not same_merge(recipe, work):
         raise BadInput(
@@ -158,6 +159,7 @@ def start(
             work,
             "With its own settings it is taken up. Or take another name, or replace it, and what it learnt is lost.",
         )
+    inputs.require_same(recipe)
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "job.json", json.dumps(recipe.to_dict(), indent=1).encode())
     (work / "stop").unlink(missing_ok=True)

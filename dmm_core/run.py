@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmm_core import inputs
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.metadata import FEW_STEP, FEW_STEP_HINT
 from dmm_core.conditioning import encode_prompts
@@ -192,6 +193,8 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks
     stage, ranks = finished(recipe), ranks or Alone()
     if ranks.rank == 0:
         clear_torn(state.parent)
+        inputs.require_same(recipe)
+        inputs.note(recipe)
     distillation = build(recipe, stage, sources, teachers, notify, ranks)
     if state.exists():
         distillation.load_state(state)

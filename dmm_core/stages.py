@@ -12,8 +12,9 @@ from pathlib import Path
 from dmm_core.recipe import Recipe, work_folder
 
 LEFT = ("state.safetensors", "state-[0-9]*.safetensors", "student-[0-9]*.safetensors", "latents.safetensors",
-        "latents-[0-9]*.safetensors", "losses.json", "job.json", "log.txt", "stop", "previews/step-*.jpg")  # fmt: skip
-TORN = (".state*.tmp", ".student-*.tmp", ".latents*.tmp", ".losses.json.*.tmp", ".job.json.*.tmp",
+        "latents-[0-9]*.safetensors", "files.json", "losses.json", "job.json", "log.txt", "stop",
+        "previews/step-*.jpg")  # fmt: skip
+TORN = (".state*.tmp", ".student-*.tmp", ".latents*.tmp", ".losses.json.*.tmp", ".files.json.*.tmp", ".job.json.*.tmp",
         "previews/.step-*.tmp")  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dmm_core import environment, jobs
+from dmm_core import environment, inputs, jobs
 from dmm_core.environment import Training
 from dmm_core.errors import BadInput
 from dmm_core.jobs import Job, JobFailed
 from dmm_core.locks import Busy, Lock
 from dmm_core.recipe import recipe_from_dict
+from dmm_core.run import prepare
 from tests.unit import tiny
 
 HERE = Training(Path(sys.executable))
@@ -182,6 +184,30 @@ def test_other_settings_do_not_take_up_what_lies_there(tmp_path, teachers):
         assert not jobs.same_merge(other, work)
         with pytest.raises(BadInput, match="other settings"):
             jobs.start(other, training=HERE)
+
+
+def test_a_file_replaced_by_another_of_its_name_is_not_taken_up(tmp_path, teachers):
+    """Between stop and resume: what its first version drew and taught is not mixed with the second's."""
+    mine = [Path(shutil.copy2(path, tmp_path)) for path in teachers]
+    was = mine[1].read_bytes()
+    made = recipe(tmp_path / "out.safetensors", mine, steps=99999)
+    with jobs.start(made, 0, training=HERE) as job:
+        follow(job, "progress", step=2)
+        job.stop()
+    mine[1].write_bytes(was[:-4096] + bytes(4096))
+    with pytest.raises(BadInput, match=rf"{mine[1].name}: is not the file of this name") as told:
+        jobs.start(made, training=HERE)
+    assert "\n" not in str(told.value)
+    with pytest.raises(BadInput, match=mine[1].name):
+        prepare(made, resume=True)
+    mine[1].write_bytes(was)  # at another time, but the same
+    assert inputs.changed(made) is None
+    with jobs.start(made, 0, training=HERE) as job:
+        assert follow(job, "progress", step=1)[-1].about["step"] > 2
+        job.stop()
+    mine[1].write_bytes(was[:-4096] + bytes(4096))
+    with jobs.start(made, replace=True, training=HERE) as job:
+        assert follow(job, "progress", step=1)[-1].about["step"] == 1
 
 
 def test_the_child_leaves_when_its_host_is_gone(tmp_path, teachers):
