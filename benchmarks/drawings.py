@@ -21,7 +21,7 @@ from mini_family.names import caption, subjects
 
 
 def drawn_latents(data: Path, base: Path, looks: Iterable[str], out: Path, named: bool = True) -> Path:
-    """A cache of latents for all teachers, made once: every drawing in ``looks`` of the subjects that are not held out.
+    """A cache of latents for all teachers, made once: every drawing in ``looks`` but those of held-out subjects.
 
     Args:
         data: the folder with a ``STYLE.npz`` a look.
@@ -43,10 +43,11 @@ def drawn_latents(data: Path, base: Path, looks: Iterable[str], out: Path, named
             raise SystemExit(f"{path}: no drawings of this look. Make them with python -m mini_family.draw.")
         with np.load(path) as drawn:
             kept = [row for row, name in enumerate(drawn["names"]) if name in trained]
-            pictures, names = drawn["pictures"][kept], [str(name) for name in drawn["names"][kept]]
-        latents.append(encode(vae, pictures.reshape(-1, *pictures.shape[2:])))
-        first = torch.arange(len(prompts), len(prompts) + len(names))
-        numbers.append(first.repeat_interleave(pictures.shape[1]))
-        prompts += [caption(name, look if named and look != BASE.name else "") for name in names]
+            sets = [(drawn["names"][kept], drawn["pictures"][kept]), (drawn["extra_names"], drawn["extra"][:, None])]
+        for names, pictures in sets:
+            latents.append(encode(vae, pictures.reshape(-1, *pictures.shape[2:])))
+            first = torch.arange(len(prompts), len(prompts) + len(names))
+            numbers.append(first.repeat_interleave(pictures.shape[1]))
+            prompts += [caption(str(name), look if named and look != BASE.name else "") for name in names]
     save_cache(out, prompts, [(Pool(torch.cat(latents), torch.cat(numbers)),)])
     return out

@@ -13,7 +13,7 @@ import argparse
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
@@ -184,9 +184,17 @@ def _job(task: tuple[str, str, str, int]) -> np.ndarray:
     return pictures(STYLES[style], name, svg, variants)
 
 
+def further(icons: Iterable[str], count: int) -> list[str]:
+    """Names of ``count`` other icons of a set; none that holds a held-out name."""
+    others = sorted(set(icons) - set(subjects()))
+    others = [n for n in others if not any(h in n for h in subjects(held=True))]
+    return random.Random(0).sample(others, min(count, len(others)))
+
+
 def draw(folder: Path, out: Path, extra: int = 700) -> Iterator[Path]:
     """Write one ``STYLE.npz`` a style: ``names``, ``pictures`` (names, VARIANTS, SIZE, SIZE, 3), and ``extra`` more
-    pictures of other icons of the same set, for the autoencoder alone. Held-out names never get into the extra ones."""
+    pictures of other icons of the same set, which no model of the family is trained on but the autoencoder. Held-out
+    names never get into the extra ones."""
     out.mkdir(parents=True, exist_ok=True)
     listed = subjects()
     with Pool() as pool:
@@ -195,9 +203,7 @@ def draw(folder: Path, out: Path, extra: int = 700) -> Iterator[Path]:
             if target.exists():
                 continue
             icons = icon_set(folder, style.icons)
-            others = sorted(set(icons) - set(listed))
-            others = [n for n in others if not any(h in n for h in subjects(held=True))]
-            others = random.Random(0).sample(others, min(extra, len(others)))
+            others = further(icons, extra)
             tasks = [(style.name, n, icons[n], VARIANTS) for n in listed] + [
                 (style.name, n, icons[n], 1) for n in others
             ]
@@ -207,6 +213,7 @@ def draw(folder: Path, out: Path, extra: int = 700) -> Iterator[Path]:
                 names=np.array(listed),
                 pictures=np.stack(arrays[: len(listed)]),
                 extra=np.concatenate(arrays[len(listed) :]),
+                extra_names=np.array(others),
             )
             yield target
 
