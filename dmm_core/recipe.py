@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
-from dmm_core.presets import with_preset, with_stages
+from dmm_core.presets import with_few_step, with_preset, with_stages
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
 from dmm_core.sizes import parse
@@ -75,7 +75,8 @@ class TrainSpec:
     ``batch`` counts rows per teacher and optimizer step, ``micro`` the teachers whose rows pass the student together,
     ``resident`` the teachers that stay loaded (None: all, for these two and ``teachers_per_step``; 0: on CUDA none,
     their blocks come one after the other). ``style_lr`` is the codebook's (None: ``lr``). ``score`` and ``feature``
-    weigh the losses, ``snr_power`` the timesteps of the score loss (0: all alike as in the paper, 1: as x̂0 would).
+    weigh the losses, ``snr_power`` the timesteps of the score loss (0: all alike as in the paper, 1: as x̂0 would; the
+    default made the better pictures, docs/results.md).
     ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
     (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
     discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
@@ -102,7 +103,7 @@ class TrainSpec:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: CountOrNone = 100
     score: Positive = 1.0
-    snr_power: Share = 0.0
+    snr_power: Share = 0.5
     feature: NotNegative = 0.0
     adversarial: NotNegative = 0.0
     adversarial_lr: Positive | None = None
@@ -208,7 +209,8 @@ def recipe_from_dict(
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, with_stages(with_preset(data, source)))
+    filled = with_stages(with_preset(with_few_step(data), source))
+    recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, filled)
     named = (replace(t, name=(t.name or t.path.stem).strip()) for t in recipe.teachers)
     recipe = replace(recipe, teachers=tuple(named))
     if recipe.stages:

@@ -97,8 +97,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
     if args.few_step:
-        few = {"few_step": args.guidance, "snr_power": 0.0}
-        data |= {"student": args.few_step, "train": {**data.get("train", {}), **few}}
+        data |= {"student": args.few_step, "train": {**data.get("train", {}), "few_step": args.guidance}}
         data["data"] = {"cfg_scale": args.guidance, **data.get("data", {})}
     return recipe_from_dict(data, source="command line")
 

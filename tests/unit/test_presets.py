@@ -45,6 +45,29 @@ def test_explicit_keys_win(tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == recipe, "a dumped recipe says everything itself"
 
 
+def test_what_measured_best_is_the_default():
+    """docs/results.md: noisy timesteps weigh more; the feature loss from "good" on; the adversarial one over night."""
+    told = {name: recipe_from_dict(plain(preset=name), check_files=False).train for name in ("preview", "good", "best")}
+    assert (
+        {train.snr_power for train in told.values()}
+        == {0.5}
+        == {recipe_from_dict(plain(), check_files=False).train.snr_power}
+    )
+    assert [train.feature for train in told.values()] == [0, 0.001, 0.001]
+    assert [train.adversarial for train in told.values()] == [0, 0, 0.01]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_few_steps_leave_out_what_has_no_meaning_there(name):
+    data = {**plain(0, preset=name), "student": "s.safetensors", "train": {"few_step": 4.0}}
+    train = recipe_from_dict(data, check_files=False).train
+    assert (train.few_step, train.snr_power, train.feature, train.adversarial) == (4.0, 0, 0, 0)
+    staged = recipe_from_dict(plain(preset=name, stages=["distil", "few_step"]), check_files=False).stages[1].train
+    assert staged.few_step and (staged.snr_power, staged.feature, staged.adversarial) == (0, 0, 0)
+    with pytest.raises(RecipeError, match="expected 0 with few_step"):
+        recipe_from_dict({**data, "train": {"few_step": 4.0, "adversarial": 0.1}}, check_files=False)
+
+
 def test_without_one_nothing_changes():
     assert with_preset({"teachers": []}, "recipe") == {"teachers": []}
     assert with_preset([1], "recipe") == [1]
