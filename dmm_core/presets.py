@@ -16,7 +16,7 @@ from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
 FOREIGN = 0.3  # of longer merges: it keeps pictures out of a wrong style, and short ones learn less (docs/results.md)
-FEATURE, ADVERSARIAL = 0.001, 0.01  # the paper's λ (§3.4); the second one half again as long a step, hence overnight
+FEATURE, ADVERSARIAL = 0.001, 0.01  # the paper's λ (§3.4); the second one makes a step half again as long
 ALONE = {"snr_power": 0.0, "feature": 0.0, "adversarial": 0.0}  # of ``few_step``, which has a loss of its own
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
@@ -51,10 +51,10 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "good", "Good, about 2 hours",
-            "8,000 steps on 768 pictures a teacher, with the paper's feature loss.",
+            "8,000 steps on 768 pictures a teacher, all of the paper's losses.",
             {"data": {"latents_per_teacher": 768, "steps": 20, "foreign": FOREIGN},
              "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500,
-                       "feature": FEATURE}},
+                       "feature": FEATURE, "adversarial": ADVERSARIAL}},
         ),
         Preset(
             "best", "Best, overnight",
