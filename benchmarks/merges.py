@@ -13,22 +13,23 @@ from typing import Any
 import torch
 import yaml
 
-from dmm_core.presets import FOREIGN
+from dmm_core.presets import DATA
 from dmm_core.recipe import load_recipe
 from dmm_core.stages import unfinished
 from mini_family import demo, family
 
 ROOT = Path(demo.__file__).resolve().parents[1]
 IMAGES = 96  # a style
+SCORE = {"feature": 0.0, "adversarial": 0.0}
 LONG = 4500  # steps from which a merge is made as the best of docs/results.md, "Longer merges", was
-LONG_DATA = {"latents_per_teacher": 4600, "foreign": FOREIGN}
+LONG_DATA = {"latents_per_teacher": 4600, **DATA}
 LONG_TRAIN = {"lr": 2.5e-4, "feature": 0.001}
 LONG_INVENTED = 4000
 
 
 def foreign(steps: int) -> float:
     """``data.foreign`` of a merge of so many steps."""
-    return FOREIGN if steps >= LONG else 0.0
+    return DATA["foreign"] if steps >= LONG else 0.0
 
 
 def dmm(*words: object) -> None:
@@ -52,12 +53,15 @@ class Folder:
         return path
 
     def recipe(self, teachers: Sequence[Path], steps: int, base: Path | None = None) -> dict[str, Any]:
-        """The demo's, of other teachers and length, in one process; from ``LONG`` steps on as the longer merges are."""
+        """The demo's, of other teachers and length, in one process; from ``LONG`` steps on as the longer merges are.
+
+        With the score loss alone where the case says nothing: so docs/results.md has them.
+        """
         long = steps >= LONG
         prompts = self.prompts(LONG_INVENTED if long else demo.INVENTED)
         made = demo.recipe_of(self.path, list(teachers), base or self.files["base"], prompts, steps)
-        made["train"] |= {"processes": 1, "device": self.device, **(LONG_TRAIN if long else {})}
-        made["data"] |= LONG_DATA if long else {}
+        made["train"] |= {"processes": 1, "device": self.device, **SCORE, **(LONG_TRAIN if long else {})}
+        made["data"] |= LONG_DATA if long else {"foreign": 0.0}
         return made
 
     def make(self, name: str, recipe: dict[str, Any], verb: str = "distill") -> Path:

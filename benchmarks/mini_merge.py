@@ -39,8 +39,8 @@ from mini_family import demo, family
 from mini_family.draw import STYLES
 
 LOSSES: dict[str, dict[str, Any]] = {  # with the paper's λ_feat and λ_adv
-    "score": {},
-    "score + feature": {"feature": 0.001},
+    "score": {"feature": 0.0, "adversarial": 0.0},
+    "score + feature": {"feature": 0.001, "adversarial": 0.0},
     "score + feature + adversarial": {"feature": 0.001, "adversarial": 0.01},
 }
 SYNTHESISED = " + synthesised"  # behind one of them: the paper's last stage too, a tenth of the steps
@@ -69,7 +69,7 @@ class Runs:
         data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "save_every": 0, "processes": 1}
         data["train"] |= LOSSES[losses.removesuffix(SYNTHESISED)]
-        data["data"]["latents_per_teacher"] = LATENTS
+        data["data"] |= {"latents_per_teacher": LATENTS, "foreign": 0.0}
         for section, key, value in self.changes:
             data[section][key] = value
         drawn = "-".join(str(data["data"][key]) for key in ("latents_per_teacher", "cfg_scale", "steps"))

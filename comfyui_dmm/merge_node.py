@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from dmm_core.errors import BadInput
-from dmm_core.presets import PRESETS
+from dmm_core.presets import DEFAULT, PRESETS
 
 from . import merge_job, merging
 from .nodes import schema
@@ -34,7 +34,7 @@ def inputs() -> list[io.Input]:
           for i in range(1, CHECKPOINTS + 1)),
         checkpoint_input("base", "Whose text encoder and VAE the result gets, and what LoRAs are put on. none: those "
                          "of the first checkpoint, and no LoRAs.", loras=False),
-        io.Combo.Input("preset", options=list(PRESETS), default="good", optional=True, tooltip=told),
+        io.Combo.Input("preset", options=list(PRESETS), default=DEFAULT, optional=True, tooltip=told),
         io.String.Input("prompts", default="", multiline=True, optional=True, tooltip="What the checkpoints draw to "
                         "learn from, one prompt a line. Empty: everyday subjects."),
         io.String.Input("recipe", default="", optional=True, tooltip="A recipe file for what the widgets do not say, "
@@ -78,7 +78,7 @@ class MergeCheckpoints(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, name: str, base: str = merging.NONE, preset: str = "good", prompts: str = "", recipe: str = "",
+        cls, name: str, base: str = merging.NONE, preset: str = DEFAULT, prompts: str = "", recipe: str = "",
         replace: bool = False, teachers: tuple[Path, ...] = (), **checkpoints: str,
     ) -> io.NodeOutput:  # fmt: skip
         own = [checkpoints.get(f"checkpoint_{i}", merging.NONE) for i in range(1, CHECKPOINTS + 1)]

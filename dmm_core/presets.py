@@ -15,9 +15,9 @@ from typing import Any
 from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
-FOREIGN = 0.3  # of longer merges: it keeps pictures out of a wrong style, and short ones learn less (docs/results.md)
-FEATURE, ADVERSARIAL = 0.001, 0.01  # the paper's λ (§3.4); the second one makes a step half again as long
-ALONE = {"snr_power": 0.0, "feature": 0.0, "adversarial": 0.0}  # of ``few_step``, which has a loss of its own
+LOSSES = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01}  # the paper's λ (§3.4), and what measured best
+DATA = {"foreign": 0.3}  # keeps pictures out of a wrong style; with few steps only beside the adversarial loss
+ALONE, OWN = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
@@ -40,35 +40,35 @@ class Preset:
         return made
 
 
+DEFAULT = "good"  # of whoever does not write a recipe
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
             "preview", "Preview, about 10 minutes",
             "400 steps on 96 pictures a teacher: the styles can be told apart, details are still blurred.",
-            {"data": {"latents_per_teacher": 96, "steps": 12},
-             "train": {"steps": 400, "lr": 2e-5, "style_lr": 1e-3, "warmup": 20, "save_every": 100}},
+            {"data": {"latents_per_teacher": 96, "steps": 12, **DATA},
+             "train": {"steps": 400, "lr": 2e-5, "style_lr": 1e-3, "warmup": 20, "save_every": 100, **LOSSES}},
         ),
         Preset(
             "good", "Good, about 2 hours",
-            "8,000 steps on 768 pictures a teacher, all of the paper's losses.",
-            {"data": {"latents_per_teacher": 768, "steps": 20, "foreign": FOREIGN},
-             "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500,
-                       "feature": FEATURE, "adversarial": ADVERSARIAL}},
+            "8,000 steps on 768 pictures a teacher.",
+            {"data": {"latents_per_teacher": 768, "steps": 20, **DATA},
+             "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500, **LOSSES}},
         ),
         Preset(
             "best", "Best, overnight",
-            "32,000 steps on 2,048 pictures a teacher, all of the paper's losses, and a moving average of the weights.",
-            {"data": {"latents_per_teacher": 2048, "steps": 25, "foreign": FOREIGN},
+            "32,000 steps on 2,048 pictures a teacher, and a moving average of the weights.",
+            {"data": {"latents_per_teacher": 2048, "steps": 25, **DATA},
              "train": {"steps": 32000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 200, "save_every": 1000, "ema": 0.9995,
-                       "feature": FEATURE, "adversarial": ADVERSARIAL}},
+                       **LOSSES}},
         ),
         Preset(
             "mini", "Mini, for the small models that come with this project",
             "400 steps at a learning rate that only such small models bear; minutes on a CPU. Not for full models.",
-            {"data": {"latents_per_teacher": 200, "steps": 8, "cfg_scale": 2.0},
+            {"data": {"latents_per_teacher": 200, "steps": 8, "cfg_scale": 2.0, **DATA},
              "train": {"rows": 24, "steps": 400, "lr": 5e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
-                       "betas": [0.9, 0.99], "save_every": 50}},
+                       "betas": [0.9, 0.99], "save_every": 50, **LOSSES}},
         ),
     )
 }  # fmt: skip
@@ -76,8 +76,11 @@ PRESETS: dict[str, Preset] = {
 
 def with_few_step(data: Any) -> Any:
     """A recipe's plain mapping that leaves out, where it trains for few steps, what has no meaning there."""
-    train = data.get("train") if isinstance(data, Mapping) else None
-    return {**data, "train": {**ALONE, **train}} if isinstance(train, Mapping) and train.get("few_step") else data
+    parts = [data.get(key) if isinstance(data, Mapping) else None for key in ("train", "data")]
+    train, of = ({} if part is None else part for part in parts)
+    if not (isinstance(train, Mapping) and isinstance(of, Mapping) and train.get("few_step")):
+        return data
+    return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
 
 
 def with_preset(data: Any, source: str | Path) -> Any:
@@ -131,7 +134,7 @@ def with_stages(data: Any) -> Any:
             own["train"] = {key: rate / 10 for key, rate in rates.items() if isinstance(rate, int | float)}
             own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
         if given.get("name") == "few_step":
-            own["data"] = {"foreign": 0.0}  # as it was measured
+            own["data"] = dict(OWN)
             own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, **ALONE}
             own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
         filled = dict(given)

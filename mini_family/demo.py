@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dmm_core.presets import DATA, LOSSES
 from mini_family.names import caption, invented, subjects
 
 CFG_SCALE = 2.0
@@ -15,21 +16,24 @@ INVENTED = 700  # prompts beside those of the trained subjects
 REPEATS = 3  # pictures a held-out subject and style
 FEWEST, MOST = 600, 2000  # steps of the merge
 SECONDS = 430  # that all of it should take, where they suffice for the fewest steps
-DRAWING, MEASURING = 0.2, 430  # what else takes time, in steps' time: for each step, and in all
+DRAWING, MEASURING = 0.13, 280  # what else takes time, in steps' time: for each step, and in all
 
 
 def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, steps: int) -> dict[str, Any]:
-    """The demo's recipe as plain data: average start, score distillation, latents drawn by the teachers."""
+    """The demo's recipe as plain data: average start, all of the paper's losses, latents drawn by the teachers."""
     latents = max(1, min(1000, steps // 2))  # of fewer, a long training learns these pictures by heart
     return {
         "title": "mini family",
         "base": str(base),
         "teachers": [{"path": str(path), "name": path.stem} for path in teachers],
         "out": str(folder / "mini-dmm.safetensors"),
-        "data": {"prompts": str(prompts), "latents_per_teacher": latents, "steps": 8, "cfg_scale": 2.0, "size": 64},
+        "data": {
+            "prompts": str(prompts), "latents_per_teacher": latents, "steps": 8, "cfg_scale": 2.0, "size": 64,
+            **DATA,
+        },
         "train": {
             "steps": steps, "batch": 6, "lr": 3e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
-            "betas": [0.9, 0.99], "snr_power": 0.5, "precision": "fp32", "save_every": 200, "device": "cpu",
+            "betas": [0.9, 0.99], **LOSSES, "precision": "fp32", "save_every": 200, "device": "cpu",
             "processes": min(len(teachers), os.cpu_count() or 1),
         },
     }  # fmt: skip

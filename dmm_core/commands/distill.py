@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--force", action="store_true", help="overwrite the output if it is there")
-    parser.add_argument("--preset", help="preview, good, best or mini: fills what is not said otherwise")
+    parser.add_argument("--preset", help="preview, good (if left out), best or mini: what is not said otherwise")
     parser.add_argument(
         "--events",
         action="store_true",
@@ -80,6 +80,7 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
 
 def recipe_of(args: argparse.Namespace) -> Any:
     """The recipe file, or one made of --teacher and --out."""
+    from dmm_core.presets import DEFAULT
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
     chosen = [name for name in ("teacher", "few_step", "preset") if getattr(args, name)]
@@ -93,7 +94,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
         raise BadInput("give --teacher or --few-step, not both", hint="The styles of the DMM file teach themselves.")
     data: dict[str, Any] = {"teachers": list(args.teacher or ()), "out": args.out}
     data |= {"base": args.base} if args.base else {}
-    data |= {"preset": args.preset} if args.preset else {}
+    preset = args.preset or (DEFAULT if args.teacher else None)
+    data |= {"preset": preset} if preset else {}
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
     if args.few_step:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="what LoRA files among the teachers are put on")
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
     parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--preset", help="preview, good, best or mini: fills what is not said otherwise")
+    parser.add_argument("--preset", help="preview, good (if left out), best or mini: what is not said otherwise")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same recipe")
     parser.add_argument("--force", action="store_true", help="overwrite the output if it is there")
     parser.add_argument("--report", metavar="DIR", help="draw and measure old and new styles, before and after")
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
 
 def recipe_of(args: argparse.Namespace) -> Any:
     """The recipe file, or one made of the arguments."""
+    from dmm_core.presets import DEFAULT
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
     if Path(args.student).suffix.lower() in (".yaml", ".yml", ".json"):
@@ -53,7 +54,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
     if not args.teacher or not args.out:
         raise BadInput("what to add is missing", args.student, "Give --teacher FILE … --out FILE.")
     data: dict[str, Any] = {"student": args.student, "teachers": list(args.teacher), "out": args.out}
-    data |= {key: getattr(args, key) for key in ("base", "preset") if getattr(args, key)}
+    data |= {"base": args.base} if args.base else {}
+    data["preset"] = args.preset or DEFAULT
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps else {}
     return recipe_from_dict(data, source="command line")

@@ -16,6 +16,7 @@ from dmm_core.export import export
 from dmm_core.files import write_atomically
 from dmm_core.follow import View
 from dmm_core.outputs import require_ours, require_style_file, settled
+from dmm_core.presets import DEFAULT
 from dmm_core.recipe import FREE, PLANNED, Recipe, recipe_from_dict, work_folder
 from dmm_core.studio import tool
 from dmm_core.studio.desk import Activity, Desk, Host, follow
@@ -38,7 +39,7 @@ class Wanted:
     loras: Sequence[str] = ()
     base: str = ""
     student: str = ""
-    preset: str = "good"
+    preset: str = DEFAULT
     prompts: str = ""
     steps: float | None = 0
     pictures: float | None = 0
