@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="captions of drawings do not name their look")
     parser.add_argument("--gap-only", action="store_true", help="draw no pictures to compare; three draws of noise")
     parser.add_argument("--folder", type=Path, default=Path("build/mini_merge"))
+    parser.add_argument("--label", help="what the chart calls these runs; those of one label are one curve")
     parser.add_argument("--show", type=Path, help="draw what the table holds, and print it; nothing is trained")
     args = parser.parse_args()
     if args.finish and "steps" not in {key for _, key, _ in args.finish}:
@@ -189,7 +190,7 @@ def main() -> None:
             "torch": torch.__version__,
             "commit": commit(),
             "date": str(date.today()),
-        }
+        } | ({"label": args.label} if args.label else {})
         made = [row | about | {"points": points}]
         if losses.endswith(SYNTHESISED):  # up to its last stage it was the run without it
             made.insert(0, made[0] | {"losses": losses.removesuffix(SYNTHESISED), "points": points[:-1]})

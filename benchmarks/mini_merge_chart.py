@@ -17,16 +17,17 @@ COLOURS = (
     "#f06595", "#15aabf", "#000000", "#b197fc",
 )  # fmt: skip
 PANEL, MARGIN = (560, 380), 76
+WIDE, ROUND = 20, [k * 10**n for n in range(3, 8) for k in (1, 2, 5)]
 Curve = list[tuple[int, list[float]]]  # samples seen, one value a seed
 
 
 def curves(rows: Sequence[dict[str, Any]], value: Any) -> dict[str, Curve]:
-    """Variant and length → values of all its seeds at each number of samples."""
+    """Variant and length, or what a row is called → values of all its seeds at each number of samples."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         bare = [change.removeprefix("train.").removeprefix("data.") for change in row["changes"].split()]
         changes = "".join(f", {change.replace('=', ' ')}" for change in bare)
-        name = f"{row['start']} start, {row['losses']}, {row['steps']} steps{changes}"
+        name = row.get("label") or f"{row['start']} start, {row['losses']}, {row['steps']} steps{changes}"
         for point in row["points"]:
             found.setdefault(name, {}).setdefault(point["samples_seen"], []).append(value(point))
     return {name: sorted(points.items()) for name, points in sorted(found.items())}
@@ -55,12 +56,16 @@ def panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: dict[str, Cur
     scale = (lambda v: v) if percent else math.log
     low = math.floor(20 * min(values)) / 20 if percent else min(values) * 0.98
     high = 1.0 if percent else max(values) * 1.05
-    most = max(samples for curve in lines.values() for samples, _ in curve)
+    seen = [samples for curve in lines.values() for samples, _ in curve]
+    wide = max(seen) > WIDE * min(seen)  # then the horizontal axis is logarithmic too
+    along = math.log if wide else float
+    first = along(0.8 * min(seen) if wide else 0)
     width, height = PANEL
 
     def at(samples: float, value: float) -> tuple[float, float]:
         share = (scale(value) - scale(low)) / (scale(high) - scale(low))
-        return left + width * samples / most, MARGIN + height * (1 - share)
+        right = (along(samples) - first) / (along(max(seen)) - first)
+        return left + width * right, MARGIN + height * (1 - share)
 
     write(draw, (left, 34), title, 22)
     ticks = [k / 20 for k in range(21)] if percent else [1.0, 1.035, 1.1, 1.25, 1.5, 2, 3, 5, 10]
@@ -68,8 +73,9 @@ def panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: dict[str, Cur
         y = at(0, tick)[1]
         draw.line((left, y, left + width, y), fill=LINE)
         write(draw, (left - 8, y), f"{tick:.0%}" if percent else f"{tick:g}", 16, MUTED, "rm")
-    for k in range(5):
-        samples = most * k / 4
+    for samples in [n for n in ROUND if n >= 0.8 * min(seen)] if wide else [max(seen) * k / 4 for k in range(5)]:
+        if samples > max(seen):
+            break
         write(draw, (at(samples, low)[0], MARGIN + height + 20), f"{samples / 1000:.0f}k", 16, MUTED, "mm")
     write(draw, (left + width / 2, MARGIN + height + 44), "samples seen", 16, MUTED, "mm")
     for colour, curve in zip(COLOURS * len(lines), lines.values(), strict=False):
