@@ -14,7 +14,7 @@ from dmm_core.report.draw import INK, LINE, MUTED, PAPER, write
 
 COLOURS = (
     "#0b7285", "#d9480f", "#5f3dc4", "#e8a100", "#2b8a3e", "#c2255c", "#495057", "#74b816", "#7a5230", "#1864ab",
-    "#f06595", "#15aabf", "#000000", "#b197fc",
+    "#f06595", "#15aabf", "#000000", "#b197fc", "#adb5bd",
 )  # fmt: skip
 PANEL, MARGIN = (560, 380), 76
 WIDE, ROUND = 20, [k * 10**n for n in range(3, 8) for k in (1, 2, 5)]
@@ -58,22 +58,21 @@ def panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: dict[str, Cur
     high = 1.0 if percent else max(values) * 1.05
     seen = [samples for curve in lines.values() for samples, _ in curve]
     wide = max(seen) > WIDE * min(seen)  # then the horizontal axis is logarithmic too
-    along = math.log if wide else float
-    first = along(0.8 * min(seen) if wide else 0)
+    along, first = (math.log, 0.8 * min(seen)) if wide else (float, 0)
     width, height = PANEL
 
     def at(samples: float, value: float) -> tuple[float, float]:
         share = (scale(value) - scale(low)) / (scale(high) - scale(low))
-        right = (along(samples) - first) / (along(max(seen)) - first)
+        right = (along(samples) - along(first)) / (along(max(seen)) - along(first))
         return left + width * right, MARGIN + height * (1 - share)
 
     write(draw, (left, 34), title, 22)
     ticks = [k / 20 for k in range(21)] if percent else [1.0, 1.035, 1.1, 1.25, 1.5, 2, 3, 5, 10]
     for tick in (t for t in ticks if low <= t <= high):
-        y = at(0, tick)[1]
+        y = at(first, tick)[1]
         draw.line((left, y, left + width, y), fill=LINE)
         write(draw, (left - 8, y), f"{tick:.0%}" if percent else f"{tick:g}", 16, MUTED, "rm")
-    for samples in [n for n in ROUND if n >= 0.8 * min(seen)] if wide else [max(seen) * k / 4 for k in range(5)]:
+    for samples in [n for n in ROUND if n >= first] if wide else [max(seen) * k / 4 for k in range(5)]:
         if samples > max(seen):
             break
         write(draw, (at(samples, low)[0], MARGIN + height + 20), f"{samples / 1000:.0f}k", 16, MUTED, "mm")
