@@ -17,6 +17,7 @@ from dmm_core.checkpoint import open_checkpoint, write_checkpoint
 from dmm_core.checkpoint.shapes import Shapes, text_shapes, unet_shapes, vae_shapes
 from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
+from dmm_core.discriminator import discriminator_of
 from dmm_core.distill import Distillation
 from dmm_core.models import build_unet
 from dmm_core.plan import DTYPES, choose_precision
@@ -108,7 +109,8 @@ class Subjects:
         if pool.resident < len(checkpoints):
             self.store = pool.store  # for the next one too
         data = LatentData([str(i) for i in range(64)], [Pool(self.latents, torch.arange(64))], 0.1)
-        return Distillation(student, pool, data, self.context, spec, precision)
+        against = discriminator_of(spec, checkpoints[0], len(names), pool) if spec.adversarial else None
+        return Distillation(student, pool, data, self.context, spec, precision, against)
 
 
 class RandomTeachers(Teachers):
