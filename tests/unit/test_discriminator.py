@@ -11,6 +11,7 @@ import torch
 from dmm_core.conditioning import Context
 from dmm_core.diffusion import add_noise, predict_x0
 from dmm_core.discriminator import encoder_parameters
+from dmm_core.losses import timestep_weights
 from dmm_core.plan import plan
 from dmm_core.recipe import TrainSpec
 from dmm_core.trial import weights_bytes
@@ -79,7 +80,7 @@ def test_each_step_moves_its_own_side(tmp_path, teachers):
 
 
 def test_the_student_s_gradient_is_that_of_the_whole_loss(tmp_path, teachers):
-    """L_score + 0.5 L_adv through the trainer, against autograd on the formulas."""
+    """L_score, its timesteps weighed, + 0.5 L_adv through the trainer, against autograd on the formulas."""
     run = built(tmp_path / "o.safetensors", teachers, adversarial=0.5, grad_clip=0)
     state = run.rng.get_state()
     batches = [run.data.draw(i, 2, run.rng, True) for i in range(3)]
@@ -90,7 +91,8 @@ def test_the_student_s_gradient_is_that_of_the_whole_loss(tmp_path, teachers):
         t, noise = b.again
         logits = run.critic.module(add_noise(predict_x0(b.x_t, eps, b.t), noise, t), t, run.context[b.prompt])
         entropy = torch.nn.functional.cross_entropy(logits, torch.full((2,), i), reduction="sum")
-        loss = loss + ((eps - wanted) ** 2).flatten(1).mean(1).sum() + 0.5 * entropy
+        score = ((eps - wanted) ** 2).flatten(1).mean(1) * timestep_weights(0.5)[b.t]
+        loss = loss + score.sum() + 0.5 * entropy
     parameters = run.learned
     wanted = torch.autograd.grad(loss / 6, parameters, allow_unused=True)
     run.rng.set_state(state)
