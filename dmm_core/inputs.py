@@ -13,6 +13,7 @@ from pathlib import Path
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
 from dmm_core.recipe import Recipe, work_folder
+from dmm_core.stages import something_made
 
 SPOTS, SPOT = 32, 1 << 15  # places of a file that are read, and bytes of each: a whole one would take seconds
 
@@ -53,7 +54,7 @@ def require_same(recipe: Recipe) -> None:
 
 def changed(recipe: Recipe) -> Path | None:
     """The first file of the recipe that is no longer what was noted; None also where nothing was made of it yet."""
-    if not any(work_folder(recipe).glob("*.safetensors")):  # neither latents nor a state
+    if not something_made(work_folder(recipe)):
         return None
     return next((path for path, before in zip(_files(recipe), _noted(recipe), strict=False)
                  if before[0] == path.name and mark(path) not in ("", before[1])), None)  # fmt: skip
@@ -61,7 +62,7 @@ def changed(recipe: Recipe) -> Path | None:
 
 def note(recipe: Recipe) -> None:
     """Note the recipe's files in its work folder, before anything is made of them."""
-    if not _noted(recipe) or not any(work_folder(recipe).glob("*.safetensors")):
+    if not _noted(recipe) or not something_made(work_folder(recipe)):
         noted = [(path.name, mark(path)) for path in _files(recipe)]
         write_atomically(_list(recipe), json.dumps(noted, indent=1).encode())
 

@@ -27,7 +27,7 @@ from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
 from dmm_core.recipe import FREE, Recipe, work_folder
-from dmm_core.stages import clear_work
+from dmm_core.stages import clear_work, something_made
 
 LAST = ("done", "stopped", "failed")
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
@@ -199,7 +199,7 @@ def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def same_merge(recipe: Recipe, work: Path) -> bool:
     """Whether what lies in the work folder, if anything, was begun with this recipe."""
-    if not any(work.glob("*.safetensors")):  # neither latents nor a state
+    if not something_made(work):
         return True
     before = begun(work)
     return before is not None and essence(before) == essence(json.loads(json.dumps(recipe.to_dict())))

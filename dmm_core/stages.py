@@ -54,6 +54,11 @@ def unfinished(recipe: Recipe) -> bool:
     return bool(finished(recipe)) or state_file(recipe).exists()
 
 
+def something_made(work: Path) -> bool:
+    """Whether latents, a student or a state lie in a work folder."""
+    return any(work.glob("*.safetensors"))
+
+
 def total_steps(recipe: Recipe) -> int:
     """Of all stages together."""
     return sum(stage.train.steps for stage in stage_recipes(recipe))

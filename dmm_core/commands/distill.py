@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--force", action="store_true", help="overwrite the output if it is there")
-    parser.add_argument("--preset", help="preview, good (if left out), best or mini: what is not said otherwise")
+    parser.add_argument(
+        "--preset", help="preview, good (of --teacher, if left out), best, mini: what is not said otherwise"
+    )
     parser.add_argument(
         "--events",
         action="store_true",
