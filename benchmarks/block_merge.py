@@ -63,8 +63,8 @@ def search(merge: Merge, blocks: Blocks, steps: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         state, losses = blocks.merged(), []
         for teacher in range(len(run.teachers)):
-            (given,) = run.bring([run.data.draw(teacher, run.spec.batch, rng)])
-            target, batch = run.ask(given), given.batch
+            (given,) = run.asking.bring([run.data.draw(teacher, run.spec.batch, rng)])
+            target, batch = run.asking.ask(given), given.batch
             eps = functional_call(unet, state, (batch.x_t, batch.t, given.ours.tokens)).sample
             losses.append((score_loss(eps, target.said) * run.weights[batch.t]).mean())
         optimizer.zero_grad()

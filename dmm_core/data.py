@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ NOISY = 350  # from this timestep on x_t is noisy enough to leave open which sty
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+@dataclass(frozen=True, eq=False)
+class Between:
+    """The first rows of a batch are on the way to another teacher's style."""
+
+    teacher: int
+    weight: Tensor  # (m,) of the other style in the mix, on the CPU; the batch's own has the rest
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, rows: slice) -> Between | None:
+        weight = self.weight[rows]
+        return Between(self.teacher, weight) if len(weight) else None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows for one teacher. Student and teacher read the SAME x_t, t and prompt numbers: the drop is in ``prompt``."""
@@ -32,14 +47,18 @@ class Batch:
     noise: Tensor  # (B, 4, h, w)
     prompt: Tensor  # (B,) numbers of prompts; the last prompt is the empty one
     again: tuple[Tensor, ...] | None = None  # t (B,) and noise (B, 4, h, w) that diffuse x̂0 for the discriminator
+    between: Between | None = None
 
     def split(self, rows: int) -> list[Batch]:
         """The same samples in batches of at most ``rows``."""
         columns = (self.x_t, self.t, self.noise, self.prompt, *(self.again or ()))
         parts = zip(*(x.split(rows) for x in columns), strict=True)
-        return [
+        made = [
             Batch(self.teacher, x_t, t, noise, prompt, tuple(more) or None) for x_t, t, noise, prompt, *more in parts
         ]
+        if not self.between:
+            return made
+        return [replace(b, between=self.between[i * rows : (i + 1) * rows]) for i, b in enumerate(made)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dmm_core import resume
+from dmm_core.asking import Asking, Target
+from dmm_core.between import put_between
 from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
 from dmm_core.diffusion import predict_x0
@@ -24,7 +25,7 @@ from dmm_core.discriminator import Critic, Discriminator
 from dmm_core.economy import Economy, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
 from dmm_core.extension import teachers_of_step
-from dmm_core.fewstep import INSIDE, path_end
+from dmm_core.fewstep import INSIDE
 from dmm_core.losses import timestep_weights
 from dmm_core.lowrank import FASTER
 from dmm_core.optim import StudentOptimizer
@@ -35,24 +36,6 @@ from dmm_core.result import LOSSES, StepResult
 from dmm_core.speed import to_device
 from dmm_core.student import Student
 from dmm_core.teachers import Teachers
-
-
-@dataclass(frozen=True)
-class Given:
-    """A batch whose rows are on the device, and so are its prompts as its teacher and as the student know them."""
-
-    batch: Batch
-    theirs: Context
-    ours: Context
-
-
-@dataclass(frozen=True)
-class Target:
-    """A batch and what its teacher said of it; for few steps, where its path ends."""
-
-    given: Given
-    said: Tensor
-    features: list[Tensor]
 
 
 class Distillation:
@@ -97,6 +80,7 @@ class Distillation:
         self.step_count = self.samples_seen = 0
         self.steps_before = 0  # those of the recipe's stages before this one
         rows = (spec.micro or len(self.turn(0))) * spec.batch
+        self.asking = Asking(teachers, data, context, spec, self.one_hot)
         self.passes = Passes(
             student, spec, precision, self.scaler, teachers.prediction_type, context.pooled is not None
         )
@@ -136,48 +120,26 @@ class Distillation:
         turn, again = self.turn(self.step_count), self.critic is not None
         size = self.data.choose(self.rng)  # one for the whole step, whose rows pass the student together
         batches = [self.data.draw(teacher, self.spec.batch, self.rng, again, size) for teacher in turn]
+        batches = put_between(batches, self.spec, self.step_count, self.rng)
         sums = torch.zeros(len(self.student.codebook), len(LOSSES) + 1, device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad(stay=self.passes.recorded)
         parts = list(self.parts(self.ranks.mine(batches)))
         later = self.ranks.mine(self.turn(self.step_count + 1))
         times = INSIDE if self.spec.few_step else 1
-        order = [*(batch.teacher for part in parts for batch in part), *later]
+        mine = [batch for part in parts for batch in part]
+        order = [*self.asking.order(mine), *later]
         self.teachers.expect([teacher for teacher in order for _ in range(times)])
         failed = False
         try:
-            given = iter(self.bring([batch for part in parts for batch in part]))
+            given = iter(self.asking.bring(mine))
             for part in parts:
-                sums += self.learn([self.ask(next(given)) for _ in part], len(batches))
+                sums += self.learn([self.asking.ask(next(given)) for _ in part], len(batches))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
         return None if self.ranks.any(failed, self.device) else self.ranks.add(sums)
-
-    def bring(self, batches: Sequence[Batch]) -> list[Given]:
-        """Batches on the device, in one copy."""
-        known = [(b, self.teachers.embeddings(b.teacher, b.prompt), self.context[b.prompt]) for b in batches]
-        parts = ((b.x_t, b.t, *(b.again or ()), *theirs.parts, *ours.parts) for b, theirs, ours in known)
-        there = iter(to_device([part for row in parts for part in row], self.device))
-        given = []
-        for batch, *contexts in known:
-            x_t, t, *again = (next(there) for _ in range(2 + len(batch.again or ())))
-            theirs, ours = (Context(*(next(there) for _ in context.parts)) for context in contexts)
-            given.append(Given(replace(batch, x_t=x_t, t=t, again=tuple(again) or None), theirs, ours))
-        return given
-
-    def ask(self, given: Given) -> Target:
-        """Let a batch's teacher predict."""
-        batch = given.batch
-        if self.spec.few_step:
-            nothing = len(self.data.prompts) - 1
-            end = path_end(self.teachers, batch, batch.x_t, batch.t, nothing, self.spec.few_step)
-            return Target(given, end, [])
-        eps, features = self.teachers.predict(
-            batch.teacher, batch.x_t, batch.t, given.theirs, features=self.spec.feature > 0
-        )
-        return Target(given, eps, features)
 
     def learn(self, targets: list[Target], share: int) -> Tensor:
         """Add the gradient of L = L_score + λ_feat L_feat + λ_adv L_adv over these targets, and the discriminator's.
@@ -186,7 +148,7 @@ class Distillation:
         """
         batches = [target.given.batch for target in targets]
         x_t, t = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x_t", "t"))
-        styles = torch.cat([self.one_hot[batch.teacher].expand(len(batch.t), -1) for batch in batches])
+        styles = torch.cat([target.styles for target in targets])
         weights, context = self.weights[t], Context.cat([target.given.ours for target in targets])
         wanted = torch.cat([target.said for target in targets])
         features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
@@ -194,15 +156,25 @@ class Distillation:
         if not self.critic:
             return self.passes.learn(share, *given, *features)
         eps, loss, score, feature = self.passes.losses(*given, *features)
-        t_again, noise = (torch.cat(x) for x in zip(*(batch.again or () for batch in batches), strict=True))
-        style = torch.cat([torch.full_like(batch.t, batch.teacher) for batch in batches])
-        mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type) for e in (eps, wanted))
-        adversarial = self.critic.fool(mine, t_again, noise, context, style)
+        adversarial, discriminator = torch.zeros_like(score), torch.zeros_like(score)
         scaled = partial(self.passes.scaled, share)
+        if not len(pure := self.pure_rows(batches)):
+            scaled(loss).backward()
+            return tally(styles, score, feature, adversarial, discriminator)
+        t_again, noise = (torch.cat(x)[pure] for x in zip(*(batch.again or () for batch in batches), strict=True))
+        style = torch.cat([torch.full_like(batch.t, batch.teacher) for batch in batches])[pure]
+        mine, theirs = (predict_x0(x_t, e.float(), t, self.teachers.prediction_type)[pure] for e in (eps, wanted))
+        judged = t_again, noise, context[pure], style
+        adversarial = adversarial.index_put((pure,), self.critic.fool(mine, *judged))
         scaled(loss + self.spec.adversarial * adversarial).backward()
         # now that the student's activations are gone
-        discriminator = self.critic.learn(mine.detach(), theirs, t_again, noise, context, style, scaled)
+        discriminator[pure] = self.critic.learn(mine.detach(), theirs, *judged, scaled)
         return tally(styles, score, feature, adversarial, discriminator)
+
+    def pure_rows(self, batches: Sequence[Batch]) -> Tensor:
+        """Numbers of the rows of one style: the discriminator has no class for what is between two."""
+        between = [torch.arange(len(batch.t)) < len(batch.between or ()) for batch in batches]
+        return to_device((torch.cat(between).logical_not().nonzero().flatten(),), self.device)[0]
 
     # ------------------------------------------------------------ its parts
 

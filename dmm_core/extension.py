@@ -86,15 +86,28 @@ def open_extended(recipe: Recipe, base: Checkpoint | None, check_values: bool = 
 def teachers_of_step(spec: TrainSpec, step: int, total: int, old: int = 0) -> list[int]:
     """Numbers of the teachers that a step asks, the first ``old`` of ``total`` being styles the student had before.
 
-    New teachers: all of them, or the next ``teachers_per_step`` in a circle. Then ``regularize`` random old styles,
+    New teachers: all of them, or the next ``teachers_per_step`` in a circle; where rows are to be between two styles,
+    in an order that changes from round to round, so that each comes beside each. Then ``regularize`` random old styles,
     which follow from seed and step alone; none comes again before all others have. Where there are no new teachers, the
     old styles take their place.
     """
     old = 0 if old == total else old
     new = total - old
     count = min(spec.teachers_per_step or new, new)
-    turn = [old + (step * count + i) % new for i in range(count)]
+    turn = [old + i for i in (_shuffled if spec.mixed else _in_a_circle)(spec, step, new, count)]
     again = max(count, -(-old // 2)) if spec.regularize is None else spec.regularize
     rng = torch.Generator().manual_seed(hash((spec.seed, step, old)) & 0x7FFFFFFF)
     rounds = -(-again // old) if old else 0
     return turn + [style for _ in range(rounds) for style in torch.randperm(old, generator=rng).tolist()][:again]
+
+
+def _in_a_circle(spec: TrainSpec, step: int, total: int, count: int) -> list[int]:
+    return [(step * count + i) % total for i in range(count)]
+
+
+def _shuffled(spec: TrainSpec, step: int, total: int, count: int) -> list[int]:
+    """Rounds in which each comes; the last step of one takes those again that came first, where it has places left."""
+    number, place = divmod(step, -(-total // count))
+    rng = torch.Generator().manual_seed(hash((spec.seed, number, total)) & 0x7FFFFFFF)
+    order = torch.randperm(total, generator=rng).tolist()
+    return (order + order)[place * count : (place + 1) * count]

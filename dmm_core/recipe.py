@@ -80,6 +80,8 @@ class TrainSpec:
     ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
     (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
     discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
+    ``mixed`` is the share of rows between two styles of a step, which learn a mix of what both teachers say: so that
+    sliders go evenly.
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
@@ -106,6 +108,7 @@ class TrainSpec:
     snr_power: Share = 0.5
     feature: NotNegative = 0.0
     adversarial: NotNegative = 0.0
+    mixed: Share = 0.0
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
     regularize: CountOrNone | None = None
@@ -286,7 +289,8 @@ def _check_values(recipe: Recipe, source: str | Path) -> None:
             told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
     for key, why in (("feature", "compares the teachers' outputs without guidance"),
-                     ("adversarial", "compares predictions of x̂0, and this is of where steps end")):  # fmt: skip
+                     ("adversarial", "compares predictions of x̂0, and this is of where steps end"),
+                     ("mixed", "mixes predictions, and this is of where steps end")):  # fmt: skip
         told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
         demand(not (train.few_step and getattr(train, key)), told, f"It {why}.")
     for key in ("weights", "fused_backward"):
