@@ -109,8 +109,8 @@ def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     distillation = built(tmp_path / "o.safetensors", teachers)
     asked, seen, drawn = [], [], []
     predict, forward = distillation.teachers.predict, distillation.student.forward
-    bring = distillation.bring
-    monkeypatch.setattr(distillation, "bring", lambda batches: drawn.extend(batches) or bring(batches))
+    bring = distillation.asking.bring
+    monkeypatch.setattr(distillation.asking, "bring", lambda batches: drawn.extend(batches) or bring(batches))
     monkeypatch.setattr(
         distillation.teachers, "predict",
         lambda i, x, t, c, features=False: asked.append((i, x, t, c)) or predict(i, x, t, c, features),
@@ -293,13 +293,14 @@ def test_timestep_weights_are_the_paper_s_at_0_and_x0_s_at_1():
     )
 
 
-def test_two_processes_do_what_one_does(tmp_path, teachers):
+@pytest.mark.parametrize("more", [{}, {"mixed": 0.4}])
+def test_two_processes_do_what_one_does(tmp_path, teachers, more):
     """Three teachers over two processes: the same samples, the same student to rounding."""
     three = [*teachers, tmp_path / "third.safetensors"]
     tiny.write_tiny(three[-1], seed=99)
     students, losses = [], []
     for processes in (1, 2):
-        merge = prepare(recipe(tmp_path / f"{processes}.safetensors", three, processes=processes, steps=3))
+        merge = prepare(recipe(tmp_path / f"{processes}.safetensors", three, processes=processes, steps=3, **more))
         losses.append([result.score for result in merge.steps()])
         students.append({k: v.clone() for k, v in merge.distillation.student.state_dict().items()})
     for one, two in zip(*losses, strict=True):
