@@ -35,7 +35,7 @@ from benchmarks.subjects import Subjects
 from dmm_core.economy import is_out_of_memory
 from dmm_core.measure import commit, device_name
 from dmm_core.plan import DTYPES, choose_device, choose_precision
-from dmm_core.presets import LOSSES
+from dmm_core.presets import TRAIN
 from dmm_core.recipe import TrainSpec
 
 TOGETHER = 2  # teachers of a step that does not ask all of them
@@ -78,7 +78,7 @@ class Bench:
         if self.teachers > TOGETHER:  # as many rows of fewer teachers: each pass of a teacher fills the device better
             pairs["two teachers a step"] = few
             pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (0, 3, 4)}
-            pairs["two teachers a step, adversarial"] = {**few, **LOSSES}  # what the presets train with
+            pairs["two teachers a step, adversarial"] = {**few, **TRAIN}  # what the presets train with
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":

@@ -69,11 +69,14 @@ def curve(to_first: Sequence[float], to_second: Sequence[float]) -> dict[str, An
     """Distances along the way and how it goes.
 
     ``monotone``: each step leads away from the first and towards the second. ``against``: the way that steps in the
-    wrong direction make up, as a share of all ways; 0 where it is monotone.
+    wrong direction make up, as a share of all ways; 0 where it is monotone. ``largest``: the share of the whole way
+    that the largest step takes, a mean of both distances; as little as one by the number of steps where all are alike.
     """
-    steps = np.concatenate([np.diff(to_first), -np.diff(to_second)])
+    ways = np.stack([np.diff(to_first), -np.diff(to_second)])
+    steps, whole = ways.ravel(), np.abs(ways.sum(1, keepdims=True)).clip(1e-12)
     return {
         "to_first": list(map(float, to_first)), "to_second": list(map(float, to_second)),
         "monotone": bool((steps >= 0).all()),
         "against": float(0.0 - steps.clip(max=0).sum() / max(np.abs(steps).sum(), 1e-12)),
+        "largest": float((ways / whole).mean(0).max()),
     }  # fmt: skip

@@ -15,9 +15,10 @@ from typing import Any
 from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
-LOSSES = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01}  # the paper's λ (§3.4), and what measured best
+# The paper's λ (§3.4), what measured best, and rows on the way from style to style, for sliders that go evenly.
+TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25}
 DATA = {"foreign": 0.3}  # keeps pictures out of a wrong style; with few steps only beside the adversarial loss
-ALONE, OWN = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
+ALONE, OWN = dict.fromkeys(TRAIN, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
@@ -48,27 +49,27 @@ PRESETS: dict[str, Preset] = {
             "preview", "Preview, about 10 minutes",
             "400 steps on 96 pictures a teacher: the styles can be told apart, details are still blurred.",
             {"data": {"latents_per_teacher": 96, "steps": 12, **DATA},
-             "train": {"steps": 400, "lr": 2e-5, "style_lr": 1e-3, "warmup": 20, "save_every": 100, **LOSSES}},
+             "train": {"steps": 400, "lr": 2e-5, "style_lr": 1e-3, "warmup": 20, "save_every": 100, **TRAIN}},
         ),
         Preset(
             "good", "Good, about 2 hours",
             "8,000 steps on 768 pictures a teacher.",
             {"data": {"latents_per_teacher": 768, "steps": 20, **DATA},
-             "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500, **LOSSES}},
+             "train": {"steps": 8000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 100, "save_every": 500, **TRAIN}},
         ),
         Preset(
             "best", "Best, overnight",
             "32,000 steps on 2,048 pictures a teacher, and a moving average of the weights.",
             {"data": {"latents_per_teacher": 2048, "steps": 25, **DATA},
              "train": {"steps": 32000, "lr": 1e-5, "style_lr": 5e-4, "warmup": 200, "save_every": 1000, "ema": 0.9995,
-                       **LOSSES}},
+                       **TRAIN}},
         ),
         Preset(
             "mini", "Mini, for the small models that come with this project",
             "400 steps at a learning rate that only such small models bear; minutes on a CPU. Not for full models.",
             {"data": {"latents_per_teacher": 200, "steps": 8, "cfg_scale": 2.0, **DATA},
              "train": {"rows": 24, "steps": 400, "lr": 5e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
-                       "betas": [0.9, 0.99], "save_every": 50, **LOSSES}},
+                       "betas": [0.9, 0.99], "save_every": 50, **TRAIN}},
         ),
     )
 }  # fmt: skip

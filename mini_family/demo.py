@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dmm_core.presets import DATA, LOSSES
+from dmm_core.presets import DATA, TRAIN
 from mini_family.names import caption, invented, subjects
 
 CFG_SCALE = 2.0
@@ -33,7 +33,7 @@ def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, ste
         },
         "train": {
             "steps": steps, "batch": 6, "lr": 3e-4, "style_lr": 1e-3, "warmup": 30, "weight_decay": 0.0,
-            "betas": [0.9, 0.99], **LOSSES, "precision": "fp32", "save_every": 200, "device": "cpu",
+            "betas": [0.9, 0.99], **TRAIN, "precision": "fp32", "save_every": 200, "device": "cpu",
             "processes": min(len(teachers), os.cpu_count() or 1),
         },
     }  # fmt: skip

@@ -266,7 +266,8 @@ def separated(report: dict[str, Any]) -> list[str]:
     for mixing in report.get("mixing", ()):
         ways = {"mix": mixing["student"], "weight average": mixing["average"]}
         steady = "; ".join(
-            f"{name} {'steady' if way['monotone'] else format(way['against'], '.1%') + ' of the way against'}"
+            f"{name} {'steady' if way['monotone'] else format(way['against'], '.1%') + ' of the way against'}, "
+            f"at most {way['largest']:.0%} of it in a tenth"
             for name, way in ways.items()
             if way
         )

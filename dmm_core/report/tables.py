@@ -145,10 +145,11 @@ def mixing_numbers(mixing: Mapping[str, Any]) -> str:
     head = [f"weight of {pair[1]}", *(f"{name} to {goal}" for name in kinds for goal in pair)]
     columns = [values[key] for values in kinds.values() for key in ("to_first", "to_second")]
     rows = [[f"{amount:g}", *(number(column[i]) for column in columns)] for i, amount in enumerate(mixing["amounts"])]
-    steady = ["steady"]
+    steady, largest = ["steady"], ["largest step"]
     for values in kinds.values():
         steady += ["yes" if values["monotone"] else f"{100 * values['against']:.1f} % of the way against", ""]
-    return numbers_table(head, [*rows, steady])
+        largest += [f"{100 * values['largest']:.0f} % of the way" if "largest" in values else "–", ""]
+    return numbers_table(head, [*rows, steady, largest])
 
 
 def baseline_numbers(report: Mapping[str, Any]) -> str:

@@ -60,6 +60,8 @@ def test_boundary_between_two_round_classes_is_half_way():
 def test_curves():
     steady = curve([0, 1, 3], [3, 2, 0])
     assert steady["monotone"] and steady["against"] == 0
+    assert steady["largest"] == pytest.approx(2 / 3) and curve([0, 1, 2], [2, 1, 0])["largest"] == pytest.approx(0.5)
+    assert curve([1, 1], [1, 1])["largest"] == 0, "two styles that draw the same"
     crooked = curve([0, 2, 1], [3, 2, 0])  # ways 2 + 1 + 1 + 2, one of which leads back
     assert not crooked["monotone"] and crooked["against"] == pytest.approx(1 / 6)
 
