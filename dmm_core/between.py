@@ -1,6 +1,6 @@
 """Rows between two styles: the way of a slider is taught, not left to what a style vector happens to mean half-way.
 
-Such a row has a mix of two styles, and learns the same mix of what both teachers say of it. The paper trains pure
+Such a row has a mix of two styles, and learns a mix of what both teachers say of it. The paper trains pure
 styles alone (arXiv:2504.12364, §3.4); of its mixes, most of the change then falls into one or two tenths of the way.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dmm_core.data import Batch, Between
 from dmm_core.recipe import TrainSpec
 
-EVEN = 0.5  # power of a style's weight: mixes of predictions by the weights themselves change pictures around 0.5 alone
+EVEN = 0.5  # power of the weights: mixed by the weights themselves, predictions change pictures around 0.5 alone
 
 
 def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch.Generator) -> list[Batch]:
@@ -49,6 +49,6 @@ def blended(mine: Tensor, theirs: Tensor, weight: Tensor) -> Tensor:
     """What the rows of ``mine`` (B, …) shall learn: in the first, the share that ``theirs`` (m, …) have of it is
     w^½ / (w^½ + (1 - w)^½), for the change of pictures to spread over the way (docs/results.md).
     """
-    theirs_, mine_ = weight**EVEN, (1 - weight) ** EVEN
-    share = (theirs_ / (theirs_ + mine_)).to(mine.dtype).view(-1, *[1] * (mine.ndim - 1))
+    other, own = weight**EVEN, (1 - weight) ** EVEN
+    share = (other / (other + own)).to(mine.dtype).view(-1, *[1] * (mine.ndim - 1))
     return torch.cat([torch.lerp(mine[: len(weight)], theirs, share.expand_as(theirs)), mine[len(weight) :]])
