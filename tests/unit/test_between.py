@@ -16,7 +16,7 @@ from dmm_core.errors import RecipeError
 from dmm_core.extension import teachers_of_step
 from dmm_core.ranks import Alone
 from dmm_core.recipe import TrainSpec, recipe_from_dict
-from tests.unit.merges import after, built, furthest, tiny_teachers
+from tests.unit.merges import after, built, tiny_teachers
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,11 @@ def test_targets_are_mixes_of_what_both_teachers_say(tmp_path, teachers, ranks):
             assert torch.allclose(got, wanted, atol=2e-5)
 
 
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The share of weights that moved differently."""
+    return torch.cat([(one[key] - other[key]).abs().flatten() > 5e-6 for key in one]).float().mean().item()
+
+
 @pytest.mark.parametrize("economy", [{"micro": 1}, {"resident": 1}, {"resident": 1, "micro": 2}, {"rows": 1},
                                      {"rows": 3}], ids=str)  # fmt: skip
 def test_economies_change_nothing_but_rounding(tmp_path, teachers, economy):
@@ -120,7 +125,8 @@ def test_economies_change_nothing_but_rounding(tmp_path, teachers, economy):
     plain, sparing = (built(tmp_path / "o.safetensors", teachers, **spec, **more) for more in ({}, economy))
     if rows:
         sparing.economy.rows = rows
-    assert furthest(after(plain, 2), after(sparing, 2)) < 4e-5
+    one, other = after(plain, 2), after(sparing, 2)
+    assert apart(one, other) < 0.01, "Adam's first steps have every weight's sign alone: few of them may differ"
     for kind in ("score", "feature", "adversarial", "discriminator"):
         assert plain.step().of(kind) == pytest.approx(sparing.step().of(kind), rel=2e-3), kind
 
