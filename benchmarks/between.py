@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from datetime import date
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from dmm_core.data import read_prompts
 from dmm_core.features import Extractor
 from dmm_core.frechet import Gaussian, frechet
 from dmm_core.measure import SEEDS_A, SEEDS_B, commit, device_name
-from dmm_core.mixing import TENTHS, curve
+from dmm_core.mixing import TENTHS, curve, shares
 from dmm_core.models import Pipeline, load_pipeline
 from dmm_core.sample import decode, sample
 from dmm_core.style import lerp, one_hot
@@ -95,22 +94,18 @@ class Ways:
         pipe = self.teachers[first]
         sets = [self.features(pipe, draw(first, second, weight)) for weight in TENTHS]
         found = curve(*([frechet(s, self.goals[name]) for s in sets] for name in (first, second)))
-        a, b = found["to_first"], found["to_second"]
-        tenths = [
-            ((y - x) / (a[-1] - a[0]) + (p - q) / (b[0] - b[-1])) / 2
-            for (x, y), (p, q) in zip(pairwise(a), pairwise(b), strict=True)
-        ]
-        return {"first": first, "second": second, "tenths": [round(share, 3) for share in tenths], **found}
+        tenths = [round(share, 3) for share in shares(found["to_first"], found["to_second"])]
+        return {"first": first, "second": second, "tenths": tenths, **found}
 
 
 def show(lines: list[dict[str, Any]]) -> None:
     """A markdown table."""
     print("| | from, to | largest tenth | each tenth's share of the way, % | against |\n|---|---|---|---|---|")
     for line in lines:
-        shares = " ".join(f"{100 * share:.0f}" for share in line["tenths"])
+        tenths = " ".join(f"{100 * share:.0f}" for share in line["tenths"])
         against = "–" if line["monotone"] else f"{line['against']:.1%}"
         print(
-            f"| {line['what']} | {line['first']}, {line['second']} | {line['largest']:.0%} | {shares} | {against} |",
+            f"| {line['what']} | {line['first']}, {line['second']} | {line['largest']:.0%} | {tenths} | {against} |",
             flush=True,
         )
 

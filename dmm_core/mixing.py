@@ -72,11 +72,21 @@ def curve(to_first: Sequence[float], to_second: Sequence[float]) -> dict[str, An
     wrong direction make up, as a share of all ways; 0 where it is monotone. ``largest``: the share of the whole way
     that the largest step takes, a mean of both distances; as little as one by the number of steps where all are alike.
     """
-    ways = np.stack([np.diff(to_first), -np.diff(to_second)])
-    steps, whole = ways.ravel(), np.abs(ways.sum(1, keepdims=True)).clip(1e-12)
+    steps = _steps(to_first, to_second).ravel()
     return {
         "to_first": list(map(float, to_first)), "to_second": list(map(float, to_second)),
         "monotone": bool((steps >= 0).all()),
         "against": float(0.0 - steps.clip(max=0).sum() / max(np.abs(steps).sum(), 1e-12)),
-        "largest": float((ways / whole).mean(0).max()),
+        "largest": max(shares(to_first, to_second)),
     }  # fmt: skip
+
+
+def shares(to_first: Sequence[float], to_second: Sequence[float]) -> list[float]:
+    """The share of the whole way that each step takes, a mean of both distances; they sum to 1."""
+    steps = _steps(to_first, to_second)
+    return (steps / np.abs(steps.sum(1, keepdims=True)).clip(1e-12)).mean(0).tolist()
+
+
+def _steps(to_first: Sequence[float], to_second: Sequence[float]) -> np.ndarray:
+    """How far each step leads away from the first, and towards the second: (2, steps)."""
+    return np.stack([np.diff(to_first), -np.diff(to_second)])
