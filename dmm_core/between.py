@@ -16,10 +16,11 @@ from dmm_core.data import Batch, Between
 from dmm_core.recipe import TrainSpec
 
 EVEN = 0.5  # power of the weights: mixed by the weights themselves, predictions change pictures around 0.5 alone
+PART = 0.6  # of a stage's steps, the first, have such rows: ways stay even to its end, and pure styles get all of it
 
 
 def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch.Generator) -> list[Batch]:
-    """A step's batches, ``spec.mixed`` of their rows on the way to the style of the batch before.
+    """A step's batches, ``spec.mixed`` of their rows (``rows_between``) on the way to the style of the batch before.
 
     The first batch is left as it is: so each teacher answers its own rows and those of the next batch at once, and
     none has to come to the device twice. Who is first changes from step to step (``extension.teachers_of_step``).
@@ -34,7 +35,12 @@ def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch
 
 
 def rows_between(spec: TrainSpec, batches: int, step: int) -> int:
-    """Of each batch but the first: as many in every step, so that recorded kernels fit; or one, but not in every."""
+    """Of each batch but the first: as many in every step, so that recorded kernels fit; or one, but not in every.
+
+    None after the first ``PART`` of the stage's steps.
+    """
+    if step >= PART * spec.steps:
+        return 0
     wanted = spec.mixed * spec.batch * batches / max(1, batches - 1)
     return min(spec.batch, round(wanted) if wanted >= 1 else int((step + 1) * wanted) - int(step * wanted))
 

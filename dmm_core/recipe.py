@@ -80,8 +80,8 @@ class TrainSpec:
     ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
     (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
     discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
-    ``mixed`` is the share of rows between two styles of a step (none where it asks one teacher alone), which learn a
-    mix of what both teachers say: so that sliders go evenly.
+    ``mixed`` is the share of rows between two styles (none where a step asks one teacher alone) in the first 60 % of
+    the steps, which learn a mix of what both teachers say: so that sliders go evenly.
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).

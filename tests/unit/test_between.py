@@ -43,6 +43,14 @@ def test_the_share_of_rows_is_about_what_was_asked(batch, teachers, share):
     assert count / 60 == pytest.approx(min(share * batch * teachers, possible), rel=0.3)
 
 
+@pytest.mark.parametrize(("batch", "share"), [(6, 0.25), (2, 0.1)])
+def test_only_in_the_first_part_of_a_merge(batch, share):
+    spec, rng = TrainSpec(batch=batch, mixed=share, steps=100), torch.Generator()
+    having = [any(b.between for b in put_between(batches_of([0, 1, 2, 3], batch), spec, step, rng))
+              for step in range(100)]  # fmt: skip
+    assert any(having[50:60]) and not any(having[60:])
+
+
 def test_none_where_nothing_can_be_mixed():
     rng = torch.Generator()
     before = rng.get_state()

@@ -51,7 +51,7 @@ def test_what_measured_best_is_in_all_of_them(name):
     made = recipe_from_dict(plain(preset=name), check_files=False)
     assert (made.train.start, made.train.snr_power) == ("average", 0.5)
     assert (made.train.feature, made.train.adversarial) == (0.001, 0.01)
-    assert (made.data.foreign, made.train.mixed) == (0.3, 0.125)
+    assert (made.data.foreign, made.train.mixed) == (0.3, 0.25)
 
 
 @pytest.mark.parametrize("name", PRESETS)
