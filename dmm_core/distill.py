@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dmm_core import resume
 from dmm_core.asking import Asking, Target
-from dmm_core.balance import Balance
 from dmm_core.between import put_between
 from dmm_core.conditioning import Context
 from dmm_core.data import Batch, LatentData
@@ -75,7 +74,6 @@ class Distillation:
         self.ranks = Alone()
         self.weights = timestep_weights(spec.snr_power).to(self.device)
         self.one_hot = torch.eye(len(student.codebook), device=self.device)
-        self.balance = Balance(len(student.codebook), old, self.device)
         self.average = [p.detach().float().clone() for p in self.learned] if spec.ema else []
         self.rng = torch.Generator().manual_seed(spec.seed)
         self.warnings: list[str] = []  # of what came before the first step, which tells them
@@ -109,8 +107,6 @@ class Distillation:
             self.critic.step(self.scaler, self.ranks)
         self.scaler.update()
         self.update_average()
-        if self.spec.balance:
-            self.balance.update(sums, self.spec)
         self.passes.step_over()
         self.samples_seen += len(self.turn(self.step_count)) * self.spec.batch
         self.step_count += 1
@@ -156,7 +152,7 @@ class Distillation:
         weights, context = self.weights[t], Context.cat([target.given.ours for target in targets])
         wanted = torch.cat([target.said for target in targets])
         features = [torch.cat(maps) for maps in zip(*(target.features for target in targets), strict=True)]
-        given = (x_t, t, styles, weights, styles @ self.balance.weights, wanted, *context.parts)
+        given = (x_t, t, styles, weights, wanted, *context.parts)
         if not self.critic:
             return self.passes.learn(share, *given, *features)
         eps, loss, score, feature = self.passes.losses(*given, *features)

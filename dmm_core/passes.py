@@ -20,8 +20,8 @@ from dmm_core.student import Student
 class Passes:
     """Forward and backward passes of a student, their kernels recorded where that pays (``speed.Recorded``).
 
-    ``given`` are a pass's rows: x_t, t, styles, weights of the score loss, weights of their teachers, what these said,
-    the prompts' embeddings (one tensor, or two with ``pooled``), and the teachers' feature maps if they count.
+    ``given`` are a pass's rows: x_t, t, styles, weights of the score loss, what the teachers said, the prompts'
+    embeddings (one tensor, or two with ``pooled``), and the teachers' feature maps if they count.
 
     Args:
         precision: "fp32", "bf16" or "fp16": what the passes are autocast to.
@@ -47,7 +47,7 @@ class Passes:
 
     def losses(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's ε; and each row's loss but for the adversarial one, score loss and feature loss."""
-        x_t, t, styles, weights, alike, wanted, tokens, *more = given
+        x_t, t, styles, weights, wanted, tokens, *more = given
         context = Context(tokens, more.pop(0) if self.pooled else None)
         with self.autocast(), BlockFeatures(self.student.unet, enabled=self.spec.feature > 0) as blocks:
             eps = self.student(x_t, t, context, styles)
@@ -57,7 +57,7 @@ class Passes:
         if self.spec.feature > 0:
             feature = feature_loss(blocks.take(), more)
             loss = loss + self.spec.feature * feature
-        return eps, loss * alike, score, feature
+        return eps, loss, score, feature
 
     def scaled(self, share: int, rows: Tensor) -> Tensor:
         """The part of a step's loss that these rows are; ``share`` teachers make up the step."""

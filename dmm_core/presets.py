@@ -15,12 +15,10 @@ from typing import Any
 from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
-# The paper's λ (§3.4), what measured best, teachers weighed alike, and rows on the way from style to style, for sliders
-# that go evenly.
-TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "balance": True, "mixed": 0.25}
+# The paper's λ (§3.4), what measured best, and rows on the way from style to style, for sliders that go evenly.
+TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25}
 DATA = {"foreign": 0.3}  # keeps pictures out of a wrong style; with few steps only beside the adversarial loss
-ALONE = dict.fromkeys(TRAIN, 0.0) | {"balance": False}  # of ``few_step``, which has a loss of its own
-OWN = dict.fromkeys(DATA, 0.0)
+ALONE, OWN = dict.fromkeys(TRAIN, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 

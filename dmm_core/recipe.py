@@ -80,7 +80,6 @@ class TrainSpec:
     ``processes`` share each step's teachers, for CPUs. 0 turns off: ``warmup`` and ``save_every`` (steps), ``ema``
     (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
     discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
-    ``balance`` weighs the teachers alike: score and feature loss of each over its moving average.
     ``mixed`` is the share of rows between two styles (none where a step asks one teacher alone) in the first 60 % of
     the steps, which learn a mix of what both teachers say: so that sliders go evenly.
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
@@ -109,7 +108,6 @@ class TrainSpec:
     snr_power: Share = 0.5
     feature: NotNegative = 0.0
     adversarial: NotNegative = 0.0
-    balance: bool = False
     mixed: Share = 0.0
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"

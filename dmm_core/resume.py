@@ -53,7 +53,6 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors |= {f"average.{i}": v for i, v in enumerate(run.average)}
     tensors |= {f"optimizer.{k}": v for k, v in run.optimizer.state().items()}
     tensors |= run.critic.state() if run.critic else {}
-    tensors |= run.balance.state() if run.spec.balance else {}
     tensors["rng"] = run.rng.get_state()
     about = {"step": run.step_count, "samples_seen": run.samples_seen, "scaler": run.scaler.state_dict()}
     if run.economy.steps_down:
@@ -118,8 +117,6 @@ def put_back(run: Distillation, file: Any) -> None:
     run.optimizer.load_state(Stored(file, "optimizer."))
     if run.critic:
         run.critic.load_state(Stored(file, "critic."), Stored(file, "critic_optimizer."))
-    if run.spec.balance:
-        run.balance.load_state(Stored(file, "balance."))
     run.rng.set_state(Stored(file)["rng"])
 
 
