@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
 from dmm_core.presets import with_few_step, with_preset, with_stages
+from dmm_core.recipe_checks import check_values
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
-from dmm_core.sizes import parse
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0 = not at all
@@ -220,7 +220,7 @@ def recipe_from_dict(
         recipe = replace(recipe, data=recipe.stages[0].data, train=recipe.stages[0].train)
     parts = [replace(recipe, data=stage.data, train=stage.train) for stage in recipe.stages]
     for part in parts or [recipe]:
-        _check_values(part, source)
+        check_values(part, source)
     for key in ("student", "rank", "weights", "precision", "device", "processes"):
         if len(values := {getattr(stage.train, key) for stage in recipe.stages}) > 1:
             raise RecipeError(f"stages: expected one train.{key} for all of them, got {values}", source)
@@ -240,65 +240,6 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
 
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
     write_atomically(Path(path), text.encode("utf-8"))
-
-
-# ---------------------------------------------------------------- checks that hints cannot say
-
-
-def _check_values(recipe: Recipe, source: str | Path) -> None:
-    def demand(fine: bool, line: str, hint: str = "") -> None:
-        if not fine:
-            raise RecipeError(line, source, hint)
-
-    names = [teacher.name for teacher in recipe.teachers]
-    alone = recipe.student is not None and recipe.train.few_step > 0  # the student teaches itself
-    demand(len(names) > 0 or alone, "teachers: expected at least one, got none")
-    for i, name in enumerate(names):
-        told = f"teachers[{i}].name: the style {name!r} is there twice"
-        demand(name not in names[:i], told, "Give each teacher a name of its own.")
-    style = recipe.default_style
-    if style is not None:
-        for name in style if recipe.student is None else ():  # old styles are known once the file is open
-            demand(name in names, f"default_style: no teacher is called {name!r}", f"They are: {', '.join(names)}.")
-        demand(abs(sum(style.values())) > 1e-6, f"default_style: the weights sum to 0, got {style}")
-    data, train, total = recipe.data, recipe.train, len(names)
-    demand(
-        data.kind == "teachers" or data.path is not None, f"data.path is missing, and data.kind {data.kind} needs it"
-    )
-    demand(data.size is None or data.size % 8 == 0, f"data.size: expected a multiple of 8, got {data.size}")
-    demand(all(n % 8 == 0 for text in data.sizes for n in parse(text)),
-           f"data.sizes: expected multiples of 8, got {', '.join(data.sizes)}")  # fmt: skip
-    several = bool(data.sizes or data.aspect > 1)
-    demand(
-        data.kind != "cache" or not several, "data.sizes and aspect: expected nothing with kind cache, which has its"
-    )
-    demand(
-        not data.sizes or (data.size, data.aspect) == (None, 1), "data.sizes: expected neither size nor aspect beside"
-    )
-    demand(train.start != "base" or recipe.base is not None, "base is missing, and train.start base needs it")
-    told = "train.start: expected nothing with student, from which the training starts, got base"
-    demand(train.start != "base" or recipe.student is None, told)
-    for key in ("teachers_per_step", "micro", "resident"):
-        value = getattr(train, key)
-        demand(
-            (value or 1) <= total or recipe.student is not None,
-            f"train.{key}: expected at most the {total} teachers there are, got {value}",
-        )
-    if train.fused_backward:
-        for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
-            told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
-            demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
-    for key, why in (("feature", "compares the teachers' outputs without guidance"),
-                     ("adversarial", "compares predictions of x̂0, and this is of where steps end"),
-                     ("mixed", "mixes predictions, and this is of where steps end")):  # fmt: skip
-        told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
-        demand(not (train.few_step and getattr(train, key)), told, f"It {why}.")
-    for key in ("weights", "fused_backward"):
-        narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")
-        fine = getattr(train, key) in ("fp32", False) or not narrow
-        demand(fine, f"train.precision: expected auto or bf16 with {key}, got {train.precision}")
-    out = recipe.out
-    demand(out.suffix.lower() == ".safetensors", f"out: expected a name that ends in .safetensors, got {out.name!r}")
 
 
 def _check_files(recipe: Recipe, source: str | Path) -> None:
