@@ -27,6 +27,7 @@ import rows
 from dmm_core.data import read_prompts
 from dmm_core.features import Extractor
 from dmm_core.frechet import Gaussian, frechet
+from dmm_core.likeness import unlikeness
 from dmm_core.measure import SEEDS_A, SEEDS_B, commit, device_name
 from dmm_core.models import Pipeline, load_pipeline
 from dmm_core.sample import decode, sample
@@ -52,9 +53,10 @@ class Draws:
 
     def drawn(self, pipe: Pipeline, seeds: int, style: Tensor | None) -> np.ndarray:
         latents = [
-            sample(pipe, self.prompts[first : first + ROWS], seeds=range(seeds + first, seeds + first + ROWS),
-                   steps=STEPS, cfg_scale=CFG_SCALE, style=style)
+            sample(pipe, some, seeds=range(seeds + first, seeds + first + len(some)), steps=STEPS, cfg_scale=CFG_SCALE,
+                   style=style)
             for first in range(0, len(self.prompts), ROWS)
+            if (some := self.prompts[first : first + ROWS])
         ]  # fmt: skip
         return self.network(decode(pipe.vae, torch.cat(latents)))
 
@@ -66,7 +68,7 @@ class Draws:
         ratios = [self.ratio({n: m[draw] for n, m in mine.items()}, draw) for draw in range(self.draws)]
         return {"ratios": ratios, "mean": sum(ratios) / len(ratios), "together": self.ratio(mine, slice(None)),
                 "distances": self.distances(mine, slice(None)), "reference": self.distances(self.a, slice(None)),
-                "picture_by_picture": sum(self.apart(mine[n], n) for n in names) / len(names)}  # fmt: skip
+                "picture_by_picture": self.apart(mine)}  # fmt: skip
 
     def ratio(self, mine: dict[str, np.ndarray], draw: int | slice) -> float:
         theirs = {name: of_a[draw] for name, of_a in self.a.items()}
@@ -74,13 +76,17 @@ class Draws:
 
     def distances(self, sets: dict[str, np.ndarray], draw: int | slice) -> dict[str, float]:
         """Of each set from its teacher's pictures with the other seeds."""
-        return {n: frechet(*(Gaussian.of(s.reshape(-1, s.shape[-1])) for s in (sets[n], self.b[n][draw])))
-                for n in sets}  # fmt: skip
+        return {n: frechet(Gaussian.of(flat(sets[n])), Gaussian.of(flat(self.b[n][draw]))) for n in sets}
 
-    def apart(self, mine: np.ndarray, name: str) -> float:
-        """Mean squared distance from the teacher's picture of the same seed, over another seed's."""
-        a, b = self.a[name], self.b[name]
-        return float(np.square(mine - a).sum(-1).mean() / np.square(b - a).sum(-1).mean())
+    def apart(self, mine: dict[str, np.ndarray]) -> Any:
+        """Picture by picture, a mean over styles."""
+        drawn, same, others = ([flat(sets[name]) for name in mine] for sets in (mine, self.a, self.b))
+        return unlikeness(drawn, same, others)["mean"]
+
+
+def flat(features: np.ndarray) -> np.ndarray:
+    """Rows (n, d), of however many draws."""
+    return features.reshape(-1, features.shape[-1])
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:

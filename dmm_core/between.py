@@ -16,7 +16,7 @@ from dmm_core.data import Batch, Between
 from dmm_core.recipe import TrainSpec
 
 EVEN = 0.5  # power of the weights: mixed by the weights themselves, predictions change pictures around 0.5 alone
-PART = 0.6  # of a stage's steps, the first, have such rows: ways stay even to its end, and pure styles get all of it
+PART = 0.6  # of a stage's steps, from the first on, have such rows: the way is learned by then, the rest is for styles
 
 
 def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch.Generator) -> list[Batch]:
