@@ -68,7 +68,7 @@ class Runs:
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "save_every": 0, "processes": 1}
-        data["train"] |= {"mixed": 0.0} | LOSSES[losses.removesuffix(SYNTHESISED)]
+        data["train"] |= {"mixed": 0.0, "blockwise": 0.0} | LOSSES[losses.removesuffix(SYNTHESISED)]
         data["data"] |= {"latents_per_teacher": LATENTS, "foreign": 0.0}
         for section, key, value in self.changes:
             data[section][key] = value

@@ -41,12 +41,16 @@ class Given:
 
 @dataclass(frozen=True)
 class Target:
-    """A batch and what its teacher said of it; for few steps, where its path ends. ``styles``: weights (B, N)."""
+    """A batch and what its teacher said of it; for few steps, where its path ends. ``styles``: weights (B, N).
+
+    ``maps``: of the teacher's layers (``blockwise.LayerCalls``) where they are wanted, of the rows of one style alone.
+    """
 
     given: Given
     styles: Tensor
     said: Tensor
     features: list[Tensor]
+    maps: list[Tensor] = field(default_factory=list)
 
 
 class Asking:
@@ -93,40 +97,43 @@ class Asking:
             return Given(here, theirs, ours, x_t.new_empty(0), None)
         return Given(here, theirs, ours, next(there), context())
 
-    def ask(self, given: Given) -> Target:
-        """Let a batch's teacher predict."""
+    def ask(self, given: Given, layers: bool = False) -> Target:
+        """Let a batch's teacher predict; ``layers``: keep its maps, if it predicts what the student does."""
         batch = given.batch
+        layers = layers and self.teachers.says_the_same(batch.teacher) and len(given.weight) < len(batch.t)
         styles = self.one_hot[batch.teacher].expand(len(batch.t), -1)
         if self.spec.few_step:
             nothing = len(self.data.prompts) - 1
             end = path_end(self.teachers, batch, batch.x_t, batch.t, nothing, self.spec.few_step)
             return Target(given, styles, end, [])
         if batch.between and not given.said:  # in this process, no batch before was its other teacher's
-            given.said = self._predict(batch.between.teacher, *given.between())
-        mine = self._answers(given)
+            given.said, _ = self._predict(batch.between.teacher, *given.between())
+        mine, maps = self._answers(given, layers)
         if batch.between:
             styles = weights_of(styles, self.one_hot[batch.between.teacher], given.weight)
             mine = [blended(a, b, given.weight) for a, b in zip(mine, given.said, strict=True)]
             given.said = []
         said, *features = mine
-        return Target(given, styles, said, features)
+        return Target(given, styles, said, features, [part[len(given.weight) :] for part in maps])
 
-    def _answers(self, given: Given) -> list[Tensor]:
+    def _answers(self, given: Given, layers: bool) -> tuple[list[Tensor], list[Tensor]]:
         """What its teacher says of a batch, and in the same pass of the rows that are on the way to its style."""
-        own = given.batch.x_t, given.batch.t, given.theirs
-        if not given.also:
-            return self._predict(given.batch.teacher, *own)
-        x_t, t, prompts = zip(own, *(later.between() for later in given.also), strict=True)
-        told = self._predict(given.batch.teacher, torch.cat(x_t), torch.cat(t), Context.cat(prompts))
-        mine, *answers = zip(*(part.split([len(x) for x in x_t]) for part in told), strict=True)
+        asked = [(given.batch.x_t, given.batch.t, given.theirs), *(later.between() for later in given.also)]
+        x_t, t, prompts = zip(*asked, strict=True)
+        rows = [len(x) for x in x_t]
+        told, maps = self._predict(given.batch.teacher, torch.cat(x_t), torch.cat(t), Context.cat(prompts), layers)
+        mine, *answers = zip(*(part.split(rows) for part in told), strict=True)
         for later, answer in zip(given.also, answers, strict=True):
             later.said = list(answer)
-        return list(mine)
+        return list(mine), [part[: rows[0]] for part in maps]
 
-    def _predict(self, teacher: int, x_t: Tensor, t: Tensor, prompts: Context) -> list[Tensor]:
-        """ε, and the blocks' outputs where they count."""
-        eps, features = self.teachers.predict(teacher, x_t, t, prompts, features=self.spec.feature > 0)
-        return [eps, *features]
+    def _predict(
+        self, teacher: int, x_t: Tensor, t: Tensor, prompts: Context, layers: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """ε, and the blocks' outputs where they count; the layers' maps."""
+        features = self.spec.feature > 0
+        eps, blocks, maps = self.teachers.predict(teacher, x_t, t, prompts, features, layers)
+        return [eps, *blocks], maps
 
     def order(self, batches: Sequence[Batch]) -> Iterator[int]:
         """The teachers in the order in which ``ask`` will need them."""

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dmm_core import course
 from dmm_core.data import Batch, Between
 from dmm_core.recipe import TrainSpec
 
 EVEN = 0.5  # power of the weights: mixed by the weights themselves, predictions change pictures around 0.5 alone
-PART = 0.6  # of a stage's steps, from the first on, have such rows: the way is learned by then, the rest is for styles
 
 
 def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch.Generator) -> list[Batch]:
@@ -37,9 +37,9 @@ def put_between(batches: Sequence[Batch], spec: TrainSpec, step: int, rng: torch
 def rows_between(spec: TrainSpec, batches: int, step: int) -> int:
     """Of each batch but the first: as many in every step, so that recorded kernels fit; or one, but not in every.
 
-    None after the first ``PART`` of the stage's steps.
+    None after the first part of the stage (``course.FIRST_PART``).
     """
-    if step >= PART * spec.steps:
+    if not course.has("mixed", spec, step):
         return 0
     wanted = spec.mixed * spec.batch * batches / max(1, batches - 1)
     return min(spec.batch, round(wanted) if wanted >= 1 else int((step + 1) * wanted) - int(step * wanted))

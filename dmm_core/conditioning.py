@@ -91,6 +91,16 @@ def predict(unet: Any, x_t: Tensor, t: Tensor, context: Context, style: Tensor |
     return unet(x, t, context.tokens, class_labels=style, added_cond_kwargs=added(context, x)).sample
 
 
+def embedding(unet: Any, x_t: Tensor, t: Tensor, context: Context, style: Tensor) -> Tensor:
+    """What ``predict`` tells a UNet's layers of time, style and, for SDXL, prompt and size: (B, d)."""
+    dtype = unet.conv_in.weight.dtype
+    x, context = x_t.to(dtype), context.to(dtype)
+    emb = unet.time_embedding(unet.get_time_embed(x, t)) + unet.get_class_embed(x, style.to(dtype))
+    if (more := added(context, x)) is not None:
+        emb = emb + unet.get_aug_embed(emb, context.tokens, more)
+    return emb
+
+
 def added(context: Context, x_t: Tensor) -> dict[str, Tensor] | None:
     """What SDXL's UNet adds to its time embedding, as diffusers wants it (``added_cond_kwargs``)."""
     if context.pooled is None:

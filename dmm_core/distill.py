@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmm_core import resume
+from dmm_core import course, resume
 from dmm_core.asking import Asking, Target
 from dmm_core.between import put_between
 from dmm_core.conditioning import Context
@@ -130,16 +130,32 @@ class Distillation:
         mine = [batch for part in parts for batch in part]
         order = [*self.asking.order(mine), *later]
         self.teachers.expect([teacher for teacher in order for _ in range(times)])
-        failed = False
+        layers, failed = course.has("blockwise", self.spec, self.step_count), False
         try:
             given = iter(self.asking.bring(mine))
             for part in parts:
-                sums += self.learn([self.asking.ask(next(given)) for _ in part], len(batches))
+                targets = [self.asking.ask(next(given), layers) for _ in part]
+                self.imitate(targets, len(batches))
+                sums += self.learn(targets, len(batches))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
         return None if self.ranks.any(failed, self.device) else self.ranks.add(sums)
+
+    def imitate(self, targets: list[Target], share: int) -> None:
+        """Add the gradient of L_block over the targets that have maps, and let go of these: a pass needs the room."""
+        if not (having := [target for target in targets if target.maps]):
+            return
+        pure = [slice(len(target.given.weight), None) for target in having]
+        pairs = list(zip(having, pure, strict=True))
+        x_t, t = (torch.cat([getattr(tg.given.batch, name)[rows] for tg, rows in pairs]) for name in ("x_t", "t"))
+        context = Context.cat([target.given.ours[rows] for target, rows in pairs])
+        styles = torch.cat([target.styles[rows] for target, rows in pairs])
+        maps = [torch.cat(one) if one[1:] else one[0] for one in zip(*(target.maps for target in having), strict=True)]
+        for target in having:
+            target.maps.clear()
+        self.passes.imitate(share, x_t, t, context, styles, self.weights[t], maps)
 
     def learn(self, targets: list[Target], share: int) -> Tensor:
         """Add the gradient of L = L_score + λ_feat L_feat + λ_adv L_adv over these targets, and the discriminator's.

@@ -28,7 +28,7 @@ def guided(teachers: Teachers, batch: Batch, x_t: Tensor, t: Tensor, nothing: in
     if scale == 1:
         return teachers.predict(batch.teacher, x_t, t, batch.prompt)[0]
     prompts = torch.cat([batch.prompt, torch.full_like(batch.prompt, nothing)])
-    both, _ = teachers.predict(batch.teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), prompts)
+    both, *_ = teachers.predict(batch.teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), prompts)
     cond, uncond = both.chunk(2)
     return uncond + scale * (cond - uncond)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm_core.blockwise import imitate
 from dmm_core.conditioning import Context
 from dmm_core.fewstep import path_loss
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
@@ -62,6 +64,17 @@ class Passes:
     def scaled(self, share: int, rows: Tensor) -> Tensor:
         """The part of a step's loss that these rows are; ``share`` teachers make up the step."""
         return self.scaler.scale(rows.sum() / (share * self.spec.batch))
+
+    def imitate(
+        self, share: int, x_t: Tensor, t: Tensor, context: Context, styles: Tensor, weights: Tensor,
+        maps: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Add the gradients of ``blockwise.imitate`` for rows with the teachers' ``maps``, weighed as the score is."""
+        with self.autocast():
+            imitate(
+                self.student.unet, x_t, t, context, self.student.codebook(styles), maps,
+                lambda rows: self.scaled(share, self.spec.blockwise * rows * weights),
+            )  # fmt: skip
 
     def learn(self, share: int, *given: Tensor) -> Tensor:
         """Add the gradients of rows, without a discriminator; returns their ``tally``."""

@@ -16,7 +16,7 @@ from dmm_core.errors import RecipeError
 
 ROWS = 16  # of one optimizer step, over all its teachers
 # The paper's λ (§3.4), what measured best, and rows on the way from style to style, for sliders that go evenly.
-TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25}
+TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25, "blockwise": 4.0}
 DATA = {"foreign": 0.3}  # keeps pictures out of a wrong style; with few steps only beside the adversarial loss
 ALONE, OWN = dict.fromkeys(TRAIN, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
@@ -75,13 +75,17 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def with_few_step(data: Any) -> Any:
-    """A recipe's plain mapping that leaves out, where it trains for few steps, what has no meaning there."""
+def with_exceptions(data: Any) -> Any:
+    """A recipe's plain mapping that leaves out what has no meaning where it trains for few steps, or what does not go
+    together with ``fused_backward``.
+    """
     parts = [data.get(key) if isinstance(data, Mapping) else None for key in ("train", "data")]
     train, of = ({} if part is None else part for part in parts)
-    if not (isinstance(train, Mapping) and isinstance(of, Mapping) and train.get("few_step")):
+    if not (isinstance(train, Mapping) and isinstance(of, Mapping)):
         return data
-    return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
+    if train.get("few_step"):
+        return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
+    return {**data, "train": {"blockwise": 0.0, **train}} if train.get("fused_backward") else data
 
 
 def with_preset(data: Any, source: str | Path) -> Any:

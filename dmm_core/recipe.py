@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from dmm_core.errors import RecipeError
 from dmm_core.files import write_atomically
-from dmm_core.presets import with_few_step, with_preset, with_stages
+from dmm_core.presets import with_exceptions, with_preset, with_stages
 from dmm_core.recipe_checks import check_values
 from dmm_core.recipe_files import check_paths, read_file
 from dmm_core.schema import Pattern, Range, Reader, plain
@@ -81,7 +81,8 @@ class TrainSpec:
     (decay), ``grad_clip`` (norm), ``feature``, ``adversarial`` (the paper takes 0.01; ``adversarial_lr`` is its
     discriminator's, None: ``lr``, and ``discriminator`` what of it learns).
     ``mixed`` is the share of rows between two styles (none where a step asks one teacher alone) in the first 60 % of
-    the steps, which learn a mix of what both teachers say: so that sliders go evenly.
+    the steps, which learn a mix of what both teachers say: so that sliders go evenly. ``blockwise`` weighs a loss of
+    each layer by itself, on what went into the teacher's, in the first 30 % of the steps (dmm_core/blockwise.py).
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
@@ -109,6 +110,7 @@ class TrainSpec:
     feature: NotNegative = 0.0
     adversarial: NotNegative = 0.0
     mixed: Share = 0.0
+    blockwise: NotNegative = 0.0
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
     regularize: CountOrNone | None = None
@@ -212,7 +214,7 @@ def recipe_from_dict(
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    filled = with_stages(with_preset(with_few_step(data), source))
+    filled = with_stages(with_preset(with_exceptions(data), source))
     recipe: Recipe = Reader(source, Path(folder).absolute()).read(Recipe, filled)
     named = (replace(t, name=(t.name or t.path.stem).strip()) for t in recipe.teachers)
     recipe = replace(recipe, teachers=tuple(named))

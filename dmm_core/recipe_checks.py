@@ -74,7 +74,8 @@ def _check_course(recipe: Recipe, demand: Demand) -> None:
         demand(fine, f"train.{key}: expected at most the {total} teachers there are, got {value}")
     for key, why in (("feature", "compares the teachers' outputs without guidance"),
                      ("adversarial", "compares predictions of x̂0, and this is of where steps end"),
-                     ("mixed", "mixes predictions, and this is of where steps end")):  # fmt: skip
+                     ("mixed", "mixes predictions, and this is of where steps end"),
+                     ("blockwise", "compares what layers say without guidance")):  # fmt: skip
         told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
         demand(not (train.few_step and getattr(train, key)), told, f"It {why}.")
 
@@ -82,8 +83,9 @@ def _check_course(recipe: Recipe, demand: Demand) -> None:
 def _check_economies(train: TrainSpec, demand: Demand) -> None:
     """What saves memory, and the precision it needs."""
     if train.fused_backward:
-        for key, value, only in (("micro", train.micro, None), ("processes", train.processes, 1)):
-            told = f"train.{key}: expected {only or 'nothing'} with fused_backward, got {value}"
+        alone = (("micro", train.micro, None), ("processes", train.processes, 1), ("blockwise", train.blockwise, 0))
+        for key, value, only in alone:
+            told = f"train.{key}: expected {'nothing' if only is None else only} with fused_backward, got {value}"
             demand(value == only, told, "Its step is taken inside one backward pass over all teachers.")
     for key in ("weights", "fused_backward"):
         narrow = train.precision == "fp16" or (key == "weights" and train.precision == "fp32")

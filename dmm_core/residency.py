@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm_core.blockwise import LayerCalls
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.reader import TensorInfo
 from dmm_core.conditioning import Context, predict
@@ -162,17 +163,23 @@ class Slot:
         if self.stream is not None:
             self.used = torch.cuda.current_stream().record_event()
 
-    def answer(self, x_t: Tensor, t: Tensor, context: Context, features: bool, pool: Any = None) -> list[Tensor]:
-        """What the UNet says of x_t (B, 4, h, w), and its blocks' outputs if wanted.
+    def answer(
+        self, x_t: Tensor, t: Tensor, context: Context, features: bool, layers: bool = False, pool: Any = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the UNet says of x_t (B, 4, h, w), with its blocks' outputs if wanted; its layers' maps if wanted.
 
-        ``pool``: of the recording of its kernels that is made, or replayed; None calls the UNet itself.
+        ``pool``: of the recording of its kernels that is made, or replayed; None calls the UNet itself. So do layers'
+        maps (``LayerCalls``), whose memory a recording would keep.
         """
         inputs = (x_t, t, *context.parts)
+        if layers:
+            with LayerCalls(self.unet) as calls:
+                return self._answer(features, *inputs), calls.take()
         if pool is None:
-            return self._answer(features, *inputs)
+            return self._answer(features, *inputs), []
         if features not in self.recordings:
             self.recordings[features] = Recorded(partial(self._answer, features), pool)
-        return self.recordings[features](*inputs)
+        return self.recordings[features](*inputs), []
 
     def _answer(self, features: bool, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> list:
         with BlockFeatures(self.unet, enabled=features) as blocks:

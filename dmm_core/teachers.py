@@ -197,25 +197,28 @@ class Teachers:
 
     @torch.no_grad()
     def predict(
-        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor | Context, features: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w); its blocks' outputs if wanted.
+        self, index: int, x_t: Tensor, t: Tensor, prompts: Tensor | Context, features: bool = False,
+        layers: bool = False,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+        """Teacher ``index``'s ε (or what the student predicts) for x_t (B, 4, h, w), and maps of its UNet if wanted.
 
+        These are its blocks' outputs, and its layers' inputs and outputs (``blockwise.LayerCalls``).
         ``prompts``: their numbers (B,) on the CPU, or their ``context``.
         """
         self.unet(index)
-        slot, outputs = self._unets[index], []
+        slot, outputs, maps = self._unets[index], list[Tensor](), list[Tensor]()
 
         def ask(x_t: Tensor, t: Tensor, context: Context) -> Tensor:
-            said, *more = slot.answer(x_t, t, context, features, self._pool)
+            (said, *more), of_layers = slot.answer(x_t, t, context, features, layers, self._pool)
             outputs.extend(more)
+            maps.extend(of_layers)
             return said
 
         context = prompts if isinstance(prompts, Context) else self.context(index, prompts)
         told = self.told(index, ask, x_t, t, context)
         slot.release()
         self._prefetch(index)
-        return told, outputs
+        return told, outputs, maps
 
     def told(
         self, index: int, ask: Callable[[Tensor, Tensor, Context], Tensor], x_t: Tensor, t: Tensor, context: Context
@@ -224,7 +227,11 @@ class Teachers:
         its = self.checkpoints[index]
         asked = zero_snr_times(t.device)[t] if its.zero_snr else t
         told = ask(x_t, asked, context).float()
-        return told if its.prediction_type == self.prediction_type else to_epsilon(told, x_t, t, its.prediction_type)
+        return told if self.says_the_same(index) else to_epsilon(told, x_t, t, its.prediction_type)
+
+    def says_the_same(self, index: int) -> bool:
+        """Whether teacher ``index``'s UNet predicts what the student does, ε or v."""
+        return self.checkpoints[index].prediction_type == self.prediction_type
 
     def sampling(self, index: int) -> dict[str, Any]:
         """What ``sample_latents`` must know of a teacher."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dmm_core import course
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.economy import STREAMS, MemoryTooSmall, Rows, is_out_of_memory, let_go
 from dmm_core.errors import BadInput
@@ -25,6 +26,7 @@ from dmm_core.speed import has_bf16
 from dmm_core.stages import stage_recipes
 
 if TYPE_CHECKING:
+    from dmm_core.distill import Distillation
     from dmm_core.teachers import Teachers
 
 ROOM = 0.92  # share of the free memory that a plan may fill
@@ -33,7 +35,10 @@ SAMPLED = 16  # latents that are drawn together, as run.py does
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial found, bytes and seconds. ``device`` is the peak of the accelerator's memory, 0 on a CPU."""
+    """What a trial found, bytes and seconds. ``device`` is the peak of the accelerator's memory, 0 on a CPU.
+
+    ``seconds_per_step`` is a mean over the whole stage, whose first part may do more in a step than the rest.
+    """
 
     device: int
     ram: int
@@ -75,7 +80,10 @@ def _child(recipe: Recipe, answer: Any) -> None:
 
 
 def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
-    """As ``run.prepare`` and the first steps, with random latents of the largest size and one prompt."""
+    """As ``run.prepare`` and the first steps, with random latents of the largest size and one prompt.
+
+    ``steps`` of the stage's first part are made, whose first does not count, and half as many of each later one.
+    """
     from dmm_core.data import LatentData, Pool
     from dmm_core.run import load_teachers, open_sources, ready
 
@@ -90,16 +98,25 @@ def run_trial(recipe: Recipe, steps: int = 3) -> Trial:
         teachers.unet(index)
     pool = Pool(torch.randn(8, 4, *size), torch.zeros(8, dtype=torch.long))
     run = ready(recipe, sources, LatentData(["a picture"], [pool], recipe.data.prompt_drop), teachers)
+    seconds = 0.0
+    for first, share in course.phases(recipe.train):
+        run.step_count = first
+        seconds += share * (min(step_times(run, max(2, steps // 2))) if first else min(step_times(run, steps)[1:]))
+    device = torch.cuda.max_memory_reserved() if run.device.type == "cuda" else 0
+    return Trial(device, peak_resident_bytes() or 0, seconds, denoising, len(encoders))
+
+
+def step_times(run: Distillation, steps: int) -> list[float]:
+    """Seconds of each of the next steps, and of two more where the student's passes are recorded in the third."""
     times: list[float] = []
-    while len(times) < steps + 2 * run.passes.recorded:  # recorded in the third step, replayed from then on
+    while len(times) < steps + 2 * run.passes.recorded:
         began = time.monotonic()
         result = run.step()
         if run.economy.steps_down:
             raise torch.cuda.OutOfMemoryError("out of memory")
         assert math.isfinite(result.loss)  # reading it waits for the device
         times.append(time.monotonic() - began)
-    device = torch.cuda.max_memory_reserved() if run.device.type == "cuda" else 0
-    return Trial(device, peak_resident_bytes() or 0, min(times[1:]), denoising, len(encoders))
+    return times
 
 
 def seconds_per_denoising(recipe: Recipe, teachers: Teachers, size: Size) -> float:
@@ -211,7 +228,8 @@ def needs_of(recipe: Recipe) -> tuple[Any, ...]:
     data, spec = recipe.data, recipe.train
     alike = replace(
         spec, steps=1, lr=1.0, style_lr=None, adversarial_lr=None, schedule="constant", warmup=0, seed=0, save_every=0,
-        score=1.0, snr_power=0.0, feature=float(spec.feature > 0), adversarial=float(spec.adversarial > 0),
+        score=1.0, snr_power=0.0, feature=float(spec.feature > 0), blockwise=float(spec.blockwise > 0),
+        adversarial=float(spec.adversarial > 0),
         weight_decay=0.0, betas=(0.9, 0.999), grad_clip=float(spec.grad_clip > 0), ema=0.5 * (spec.ema > 0),
     )  # fmt: skip
     drawn = (min(SAMPLED, data.latents_per_teacher), data.cfg_scale != 1) if data.kind == "teachers" else ()

@@ -106,10 +106,10 @@ def test_targets_are_mixes_of_what_both_teachers_say(tmp_path, teachers, ranks):
     targets = [run.asking.ask(given) for given in run.asking.bring(mine)]
     assert sum(target.given.batch.between is not None for target in targets) == len(targets) - (ranks is Alone)
     for target, batch in zip(targets, mine, strict=True):
-        said, features = run.teachers.predict(batch.teacher, batch.x_t, batch.t, batch.prompt, features=True)
+        said, features, _ = run.teachers.predict(batch.teacher, batch.x_t, batch.t, batch.prompt, features=True)
         styles = torch.eye(3)[batch.teacher].expand(4, -1)
         if between := batch.between:
-            others, more = run.teachers.predict(between.teacher, batch.x_t, batch.t, batch.prompt, features=True)
+            others, more, _ = run.teachers.predict(between.teacher, batch.x_t, batch.t, batch.prompt, features=True)
             m = len(between)
             said = blended(said, others[:m], between.weight)
             features = [blended(a, b[:m], between.weight) for a, b in zip(features, more, strict=True)]

@@ -60,7 +60,7 @@ class Pair(Together):
 
 
 @pytest.mark.parametrize("ranks", [Alone, Pair])
-@pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1}])
+@pytest.mark.parametrize("more", [{}, {"micro": 1, "feature": 0.1}, {"blockwise": 0.5}])
 def test_gradients_that_stay_where_they_are_change_nothing(tmp_path, teachers, monkeypatch, more, ranks):
     """As recordings of the student's passes want them; test_gpu.py has the recordings."""
     monkeypatch.setattr("dmm_core.passes.Recorded", lambda function, pool, warm: function)

@@ -39,7 +39,7 @@ def test_recorded_teachers_say_the_same_while_they_rotate(paths, resident, featu
         answers = []
         for number, index in enumerate(ORDER):
             x = torch.randn(2, 4, 8, 8 + 8 * (number % 2), generator=generator)
-            eps, maps = teachers.predict(
+            eps, maps, _ = teachers.predict(
                 index, x.cuda(), torch.tensor([10, 700]).cuda(), torch.tensor([0, 2]), features
             )
             answers += [eps, *maps]

@@ -51,21 +51,29 @@ def test_what_measured_best_is_in_all_of_them(name):
     made = recipe_from_dict(plain(preset=name), check_files=False)
     assert (made.train.start, made.train.snr_power) == ("average", 0.5)
     assert (made.train.feature, made.train.adversarial) == (0.001, 0.01)
-    assert (made.data.foreign, made.train.mixed) == (0.3, 0.25)
+    assert (made.data.foreign, made.train.mixed, made.train.blockwise) == (0.3, 0.25, 4)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_few_steps_leave_out_what_has_no_meaning_there(name):
     def what(part):
-        return part.train.snr_power, part.train.feature, part.train.adversarial, part.train.mixed, part.data.foreign
+        keys = ("snr_power", "feature", "adversarial", "mixed", "blockwise")
+        return *(getattr(part.train, key) for key in keys), part.data.foreign
 
     alone = {**plain(0, preset=name), "student": "s.safetensors", "train": {"few_step": 4.0}}
     made = recipe_from_dict(alone, check_files=False)
-    assert made.train.few_step == 4.0 and what(made) == (0, 0, 0, 0, 0)
+    assert made.train.few_step == 4.0 and not any(what(made))
     stage = recipe_from_dict(plain(preset=name, stages=["distil", "few_step"]), check_files=False).stages[1]
-    assert stage.train.few_step and what(stage) == (0, 0, 0, 0, 0)
+    assert stage.train.few_step and not any(what(stage))
     with pytest.raises(RecipeError, match="expected 0 with few_step"):
         recipe_from_dict({**alone, "train": {"few_step": 4.0, "adversarial": 0.1}}, check_files=False)
+
+
+def test_an_update_inside_the_backward_pass_leaves_out_the_layers_own(tmp_path):
+    made = recipe_from_dict(plain(preset="good", train={"fused_backward": True}), check_files=False)
+    assert (made.train.blockwise, made.train.mixed) == (0, 0.25)
+    with pytest.raises(RecipeError, match="expected 0 with fused_backward, got 1"):
+        recipe_from_dict(plain(train={"fused_backward": True, "blockwise": 1}), check_files=False)
 
 
 def test_without_one_nothing_changes():

@@ -101,7 +101,7 @@ def test_an_unexpected_teacher_is_served_too(checkpoints, expected):
     teachers.expect([0, 1])
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 4, 8, 8, generator=generator)
-    eps, _ = teachers.predict(2, x, torch.tensor([10, 700]), torch.tensor([0, 2]))
+    eps, *_ = teachers.predict(2, x, torch.tensor([10, 700]), torch.tensor([0, 2]))
     assert torch.equal(eps, expected[2])
 
 

@@ -35,8 +35,8 @@ def predictions(asked: Teachers) -> list[torch.Tensor]:
     asked._embeddings = dict.fromkeys(range(3), Context(torch.randn(3, 77, width, generator=generator), pooled))
     x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([10, 700])
     asked.expect(ORDER)
-    told = (asked.predict(i, x, t, torch.tensor([0, 2]), features=True) for i in ORDER)
-    return [part for eps, maps in told for part in (eps, *maps)]
+    told = (asked.predict(i, x, t, torch.tensor([0, 2]), features=True, layers=True) for i in ORDER)
+    return [part for eps, blocks, layers in told for part in (eps, *blocks, *layers)]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
