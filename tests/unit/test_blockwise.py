@@ -10,6 +10,7 @@ from dmm_core.blockwise import LAYERS, LayerCalls, layers
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.errors import RecipeError
 from dmm_core.extension import style_teachers
+from dmm_core.speed import quicken
 from dmm_core.teachers import Teachers
 from tests.unit import tiny
 from tests.unit.merges import after, built, furthest, recipe, tiny_teachers
@@ -58,6 +59,23 @@ def test_layers_are_all_but_the_first_and_last_convolutions(two):
     with torch.no_grad():
         unet(torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.zeros(1, 77, 64))
     assert not calls.maps  # once left, nothing is collected
+
+
+def test_compiled_layers_show_the_same(two):
+    """Also where they were compiled unwatched; and once left, nothing is collected."""
+    plain, fast = (Teachers([open_checkpoint(two[0])]).unet(0) for _ in range(2))
+    quicken(fast, False, True, backend="eager")
+    asked = torch.randn(2, 4, 8, 8), torch.tensor([1]), torch.ones(2, 77, 64)
+    told = []
+    with torch.no_grad():
+        for unet in (fast, plain, fast):
+            unet(*asked)
+            with LayerCalls(unet) as calls:
+                unet(*asked)
+            told.append(calls.take())
+            unet(*asked)
+            assert not calls.maps
+    assert all(torch.allclose(a, b, atol=1e-6) for one in told[1:] for a, b in zip(told[0], one, strict=True))
 
 
 def test_gradients_are_those_of_the_formula(tmp_path, paths):

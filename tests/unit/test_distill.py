@@ -113,7 +113,7 @@ def test_student_and_teacher_see_the_same_rows(tmp_path, teachers, monkeypatch):
     monkeypatch.setattr(distillation.asking, "bring", lambda batches: drawn.extend(batches) or bring(batches))
     monkeypatch.setattr(
         distillation.teachers, "predict",
-        lambda i, x, t, c, features=False: asked.append((i, x, t, c)) or predict(i, x, t, c, features),
+        lambda i, x, t, c, *more: asked.append((i, x, t, c)) or predict(i, x, t, c, *more),
     )  # fmt: skip
     monkeypatch.setattr(
         distillation.student, "forward", lambda x, t, c, w: (seen.append((x, t, c)), forward(x, t, c, w))[1]
@@ -194,7 +194,7 @@ def test_features_are_those_of_all_blocks(tmp_path, teachers):
     assert len(blocks.take()) == 5
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "teachers_per_step": 1}])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "feature": 0.01, "blockwise": 0.5, "teachers_per_step": 1}])
 def test_resume_equals_uninterrupted(tmp_path, teachers, extra):
     """Law 6: bit for bit, through the file."""
     straight = built(tmp_path / "o.safetensors", teachers, **extra)

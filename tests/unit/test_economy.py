@@ -171,9 +171,9 @@ def failing(distillation, monkeypatch, where: str, when: set[int]):
 @pytest.mark.parametrize("mixed", [0, 0.4])
 @pytest.mark.parametrize("where", ["ask", "learn"])
 def test_out_of_memory_goes_on_with_the_same_samples(tmp_path, teachers, monkeypatch, where, mixed):
-    plain = built(tmp_path / "o.safetensors", teachers, batch=4, mixed=mixed)
+    plain = built(tmp_path / "o.safetensors", teachers, batch=4, mixed=mixed, blockwise=mixed)
     steps = [plain.step() for _ in range(3)]
-    broken = built(tmp_path / "o.safetensors", teachers, batch=4, mixed=mixed)
+    broken = built(tmp_path / "o.safetensors", teachers, batch=4, mixed=mixed, blockwise=mixed)
     failing(broken, monkeypatch, where, {2 if where == "ask" else 1})
     results = [broken.step() for _ in range(3)]
     assert [len(result.warnings) for result in results] == [1, 0, 0]
@@ -218,7 +218,7 @@ def test_fused_step_that_breaks_half_way_updates_every_weight_once(tmp_path, tea
 
 def test_other_errors_are_not_swallowed(tmp_path, teachers, monkeypatch):
     distillation = built(tmp_path / "o.safetensors", teachers)
-    monkeypatch.setattr(distillation.asking, "ask", lambda batch: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(distillation.asking, "ask", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         distillation.step()
 
