@@ -78,7 +78,8 @@ TIMED = (
     Part("sd15-2-rows", 30, (*few_rows("--steps", "5"), "2", *SPEEDS, "all resident")),
     Part("sdxl-2-rows", 45, (*few_rows(*SDXL), "2", *SPEEDS, "all resident")),
     Part("sd15-rotation", 60, ("train_step.py", "--batch", "4", "--steps", "3", *SPEEDS[:-1], *ROTATION)),
-    Part("sd15-adversarial", 45, ("train_step.py", *SD15, *SPEEDS[:-1], FAST, f"{FAST}, adversarial")),
+    Part("sd15-adversarial", 60, ("train_step.py", *SD15, *SPEEDS[:-1], FAST, f"{FAST}, adversarial",
+                              f"{FAST}, blockwise")),
     Part("sd15-profile", 40, ("train_step.py", *SD15, "--parts", "profile", "--only", FAST)),
     *(Part(f"sd15-{8 * batch}-rows", 50, ("train_step.py", "--batch", str(batch), "--steps", "5", *SPEEDS, FAST))
       for batch in (1, 3)),

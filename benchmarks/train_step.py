@@ -78,7 +78,11 @@ class Bench:
         if self.teachers > TOGETHER:  # as many rows of fewer teachers: each pass of a teacher fills the device better
             pairs["two teachers a step"] = few
             pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (0, 3, 4)}
-            pairs["two teachers a step, adversarial"] = {**few, **TRAIN}  # what the presets train with
+            pairs["two teachers a step, adversarial"] = {**few, **TRAIN, "blockwise": 0.0}
+            pairs["two teachers a step, blockwise"] = {
+                **few,
+                **TRAIN,
+            }  # what the presets train with in their first part
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":
