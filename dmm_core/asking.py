@@ -33,6 +33,11 @@ class Given:
     also: list[Given] = field(default_factory=list)
     said: list[Tensor] = field(default_factory=list)
 
+    @property
+    def pure(self) -> slice:
+        """The rows of one style."""
+        return slice(len(self.weight), None)
+
     def between(self) -> tuple[Tensor, Tensor, Context]:
         """x_t, t and prompts of the rows that another teacher is asked of as well."""
         assert self.others is not None
@@ -114,7 +119,7 @@ class Asking:
             mine = [blended(a, b, given.weight) for a, b in zip(mine, given.said, strict=True)]
             given.said = []
         said, *features = mine
-        return Target(given, styles, said, features, [part[len(given.weight) :] for part in maps])
+        return Target(given, styles, said, features, [part[given.pure] for part in maps])
 
     def _answers(self, given: Given, layers: bool) -> tuple[list[Tensor], list[Tensor]]:
         """What its teacher says of a batch, and in the same pass of the rows that are on the way to its style."""

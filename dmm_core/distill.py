@@ -147,11 +147,9 @@ class Distillation:
         """Add the gradient of L_block over the targets that have maps, and let go of these: a pass needs the room."""
         if not (having := [target for target in targets if target.maps]):
             return
-        pure = [slice(len(target.given.weight), None) for target in having]
-        pairs = list(zip(having, pure, strict=True))
-        x_t, t = (torch.cat([getattr(tg.given.batch, name)[rows] for tg, rows in pairs]) for name in ("x_t", "t"))
-        context = Context.cat([target.given.ours[rows] for target, rows in pairs])
-        styles = torch.cat([target.styles[rows] for target, rows in pairs])
+        x_t, t = (torch.cat([getattr(tg.given.batch, name)[tg.given.pure] for tg in having]) for name in ("x_t", "t"))
+        context = Context.cat([target.given.ours[target.given.pure] for target in having])
+        styles = torch.cat([target.styles[target.given.pure] for target in having])
         maps = [torch.cat(one) if one[1:] else one[0] for one in zip(*(target.maps for target in having), strict=True)]
         for target in having:
             target.maps.clear()
