@@ -15,7 +15,7 @@ from torch import Tensor
 from dmm_core.checkpoint import Checkpoint
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.errors import BadInput
-from dmm_core.recipe import FREE
+from dmm_core.recipe import FREE, TrainSpec
 
 if TYPE_CHECKING:
     from dmm_core.distill import Distillation
@@ -63,9 +63,20 @@ def state(run: Distillation) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def identity(run: Distillation) -> str:
     """What must not change between sittings, as JSON."""
-    spec = {k: v for k, v in vars(run.spec).items() if k not in FREE}
     told = taught(run.student.codebook.names, run.teachers.checkpoints)
-    return json.dumps({**told, "train": spec}, sort_keys=True, default=list)
+    return json.dumps({**told, "train": binding(run.spec)}, sort_keys=True, default=list)
+
+
+def binding(spec: TrainSpec) -> dict[str, Any]:
+    """The settings that must not change."""
+    return {key: value for key, value in vars(spec).items() if key not in FREE}
+
+
+def as_of_today(whose: str) -> str:
+    """An ``identity``, with the defaults of settings that there were none of when it was written: they do nothing."""
+    told = json.loads(whose)
+    told["train"] = {**binding(TrainSpec()), **told["train"]}
+    return json.dumps(told, sort_keys=True, default=list)
 
 
 def taught(styles: Sequence[str], teachers: Sequence[Checkpoint]) -> dict[str, list[str]]:
@@ -89,8 +100,8 @@ def load(run: Distillation, path: Path) -> None:
         try:
             file = stack.enter_context(safe_open(str(path), "pt"))
             strings = file.metadata() or {}
-            about, whose = json.loads(strings["dmm.resume"]), strings["dmm.run"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            about, whose = json.loads(strings["dmm.resume"]), as_of_today(strings["dmm.run"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BadInput("is no saved state of a distillation", path, "Start again without --resume.") from error
         if whose != identity(run):
             told = "Resume with the recipe it was made with, or start again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
@@ -220,6 +222,26 @@ def test_state_of_another_recipe_is_refused(tmp_path, teachers):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(BadInput, match="no saved state"):
         built(tmp_path / "o.safetensors", teachers).load_state(state)
+
+
+def test_state_of_an_earlier_version_goes_on(tmp_path, teachers):
+    """It does not know a setting that came later: 0 is what it did; and with another value it is another recipe."""
+    state, first = tmp_path / "state.safetensors", built(tmp_path / "o.safetensors", teachers)
+    first.step()
+    first.save_state(state)
+    with safe_open(str(state), "pt") as file:
+        tensors, strings = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    told = json.loads(strings["dmm.run"])
+    del told["train"]["blockwise"]
+    save_file(tensors, state, {**strings, "dmm.run": json.dumps(told)})
+    second = built(tmp_path / "o.safetensors", teachers)
+    second.load_state(state)
+    assert second.step_count == 1
+    with pytest.raises(BadInput, match="another recipe"):
+        built(tmp_path / "o.safetensors", teachers, blockwise=4.0).load_state(state)
+    save_file(tensors, state, {**strings, "dmm.run": "[]"})
+    with pytest.raises(BadInput, match="no saved state"):
+        second.load_state(state)
 
 
 def command(path: Path, *more: str) -> list[str]:
