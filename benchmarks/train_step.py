@@ -79,10 +79,7 @@ class Bench:
             pairs["two teachers a step"] = few
             pairs |= {f"two teachers a step, resident {r}": {**few, "resident": r} for r in (0, 3, 4)}
             pairs["two teachers a step, adversarial"] = {**few, **TRAIN, "blockwise": 0.0}
-            pairs["two teachers a step, blockwise"] = {
-                **few,
-                **TRAIN,
-            }  # what the presets train with in their first part
+            pairs["two teachers a step, blockwise"] = {**few, **TRAIN}  # the presets' first part
         if self.device.type != "cuda":
             del pairs["all resident, no CUDA graphs"]
         if self.args.family == "sdxl":

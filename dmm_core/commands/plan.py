@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-HELP = "check a recipe, try three steps of it, and say what it takes"
+HELP = "check a recipe, try a few steps of it, and say what it takes"
 GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="the recipe, a YAML file")
-    parser.add_argument("--quick", action="store_true", help="check the files alone, without a trial of three steps")
+    parser.add_argument("--quick", action="store_true", help="check the files alone, without a trial of a few steps")
     parser.add_argument("--memory", type=float, metavar="GIB", help="plan for a device with this much free memory")
     parser.add_argument("--write", metavar="FILE", help="write the recipe with the changes that make it fit")
 
