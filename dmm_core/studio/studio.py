@@ -104,13 +104,13 @@ class Studio:
         )  # fmt: skip
 
     def plan(self, wanted: Wanted) -> Activity:
-        """Check the files and try three steps; what makes it fit goes into the merge."""
+        """Check the files and try a few steps; what makes it fit goes into the merge."""
         recipe = self.recipe(wanted)
         training = self.host.training()
 
         def work(activity: Activity) -> str:
             path = self._written(recipe)
-            activity.say("Opens the files, and tries three steps.")
+            activity.say("Opens the files, and tries a few steps.")
             plan = tool.run(training, ["plan", str(path)], activity.say, activity.cancelled.is_set)
             activity.plan = self.plans[_key(recipe)] = plan
             return "It can be merged." if plan.get("fits") is not False else "It does not fit this device."
