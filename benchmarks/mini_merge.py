@@ -1,7 +1,8 @@
 r"""A longer merge of the mini family: the paper's losses and stages, average start and base start, several seeds.
 
-A run writes the gap closed and the ratio at several points of its way. Every run is skipped if its line is in the table
-already, so the command can be stopped and called again, and calls with other seeds may run beside each other.
+A run writes the gap closed and the ratio at several points of its way. The command can be stopped and called again: a
+run whose line is in the table already is skipped, and a broken off one goes on where it last saved. Calls with other
+seeds may run beside each other.
 
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
     python benchmarks/mini_merge.py --out benchmarks/results/settings.jsonl --steps 700 --gap-only --seeds 0 \
@@ -33,8 +34,9 @@ import rows
 from drawings import drawn_latents
 
 from dmm_core.measure import SEEDS_B, Compared, commit, device_name, draw_compared, measure, probe_gap
-from dmm_core.recipe import recipe_from_dict, work_folder
+from dmm_core.recipe import Recipe, recipe_from_dict, work_folder
 from dmm_core.run import Merge, bench_of, prepare
+from dmm_core.stages import unfinished
 from mini_family import demo, family
 from mini_family.draw import STYLES
 
@@ -46,6 +48,7 @@ LOSSES: dict[str, dict[str, Any]] = {  # with the paper's λ_feat and λ_adv
 SYNTHESISED = " + synthesised"  # behind one of them: the paper's last stage too, a tenth of the steps
 KEY = ("steps", "seed", "start", "losses", "changes")
 LATENTS = 1240  # a teacher
+SAVE_EVERY = 500  # steps
 KEPT = ("samples_seen", "ratio", "ratio_error", "gap_closed", "weight_average", "same_seed")
 Changes = Sequence[tuple[str, str, Any]]  # section of the recipe, key, value
 
@@ -62,12 +65,13 @@ class Runs:
         self.held_out: dict[str, Tensor] = {}
 
     def prepare(self, seed: int, start: str, losses: str) -> Merge:
+        """A run of these, where it was broken off if it was."""
         base, *teachers = family.unpack(self.folder / "teachers")
         prompts = self.folder / "prompts.txt"
         prompts.write_text("\n".join(demo.training_prompts(self.invented)) + "\n", encoding="utf-8")
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
-        data["train"] |= {"seed": seed, "start": start, "save_every": 0, "processes": 1}
+        data["train"] |= {"seed": seed, "start": start, "save_every": SAVE_EVERY, "processes": 1}
         data["train"] |= {"mixed": 0.0, "blockwise": 0.0} | LOSSES[losses.removesuffix(SYNTHESISED)]
         data["data"] |= {"latents_per_teacher": LATENTS, "foreign": 0.0}
         for section, key, value in self.changes:
@@ -90,26 +94,42 @@ class Runs:
             (work_folder(merge.recipe) / "latents.safetensors").replace(latents)
         data["data"] |= {"kind": "cache", "path": str(latents)}
         recipe = recipe_from_dict(data)
-        shutil.rmtree(work_folder(recipe), ignore_errors=True)  # a stage that an interrupted run has left
+        kept = self.kept_of(recipe)
+        if unfinished(recipe) and rows.read(kept)[:1] == [data]:
+            return prepare(recipe, resume=True)
+        shutil.rmtree(work_folder(recipe), ignore_errors=True)  # of a run with other settings
+        kept.unlink(missing_ok=True)
+        rows.append(kept, data)
         return prepare(recipe)
+
+    @staticmethod
+    def kept_of(recipe: Recipe) -> Path:
+        """What a run is, and the points that it has measured: for one that is broken off."""
+        return Path(recipe.out).with_suffix(".points.jsonl")
 
     def run(self, seed: int, start: str, losses: str) -> list[dict[str, Any]]:
         """Train once; returns a measurement at each point, the last one at the end."""
         merge = self.prepare(seed, start, losses)
-        measured, spent = [], 0.0
+        kept = self.kept_of(merge.recipe)
+        reached, spent = merge.distillation.samples_seen, 0.0
+        before = {point["samples_seen"]: point for point in rows.read(kept)[1:]}
+        measured = [point for samples, point in before.items() if samples <= reached]
         for result in merge.timed_steps():
             if result.step % max(1, self.steps // self.points) == 0 or result.step == merge.total_steps:
                 began = time.monotonic()
                 if result.step == merge.total_steps:
                     merge.distillation.use_average()
                 measured.append(self.measure(merge, result.samples_seen))
+                rows.append(kept, measured[-1])
                 spent += time.monotonic() - began
                 told = "" if self.gap_only else f"ratio {measured[-1]['ratio']:.3f}, "
                 print(
                     f"  {result.samples_seen} samples: {told}gap {measured[-1]['gap_closed']['mean']:.2%}", flush=True
                 )
-        measured[-1]["train_seconds"] = round(merge.seconds - spent, 1)
+        if not reached:  # all in one sitting
+            measured[-1]["train_seconds"] = round(merge.seconds - spent, 1)
         merge.save()
+        kept.unlink()
         return measured
 
     def measure(self, merge: Merge, samples: int) -> dict[str, Any]:
