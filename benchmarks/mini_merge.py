@@ -7,7 +7,7 @@ seeds may run beside each other.
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --steps 6000 --seeds 0 1 2
     python benchmarks/mini_merge.py --out benchmarks/results/settings.jsonl --steps 700 --gap-only --seeds 0 \
         --start average --losses score --set train.lr=0.0005
-    python benchmarks/mini_merge.py --out benchmarks/results/few_samples.jsonl --steps 23000 --seeds 0 --start base \
+    python benchmarks/mini_merge.py --out benchmarks/results/few_samples.jsonl --steps 20000 --seeds 0 --start base \
         --losses "score + feature" --drawings build/mini --plain --set train.lr=0.00025 train.snr_power=0.0
     python benchmarks/mini_merge.py --out benchmarks/results/mini_merge.jsonl --show docs/mini_merge.png
 """

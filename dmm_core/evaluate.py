@@ -8,7 +8,7 @@ pictures cannot tell the student from its teachers. The reference is chance and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,19 +150,16 @@ def evaluate_pictures(
     tell("distances")
     gauss_b = [Gaussian.of(f) for f in b]
     matrix, own = (frechet_matrix([Gaussian.of(f) for f in rows], gauss_b) for rows in (s, r))
-    row, row_before = (
-        None if rows is None else np.array([frechet(f, g) for f, g in zip(rows, gauss_b, strict=True)])
-        for rows in (w, features("earlier student", before) if before is not None else None)
-    )
+    earlier = features("earlier student", before) if before is not None else None
     further = {name: [network(pictures)] * len(b) for name, pictures in (others or {}).items()}
     tell("error bars")
     plain = [w] if w else []
     errors, style_errors = ratio_errors(bootstrap_distances([s, r, *plain, *further.values()], b, resamples, seed))
-    beside = []
-    for (name, rows), error in zip(further.items(), errors[2 + len(plain) :], strict=True):
-        way = [frechet(Gaussian.of(f), g) for f, g in zip(rows, gauss_b, strict=True)]
-        ratio = sum(way) / float(np.trace(own))
-        beside.append({"name": name, "distances": way, "ratio": ratio, "ratio_error": error})
+    beside = tuple(
+        {"name": name, "distances": (way := _distances(rows, gauss_b)), "ratio": sum(way) / float(np.trace(own)),
+         "ratio_error": error}
+        for (name, rows), error in zip(further.items(), errors[2 + len(plain) :], strict=True)
+    )  # fmt: skip
     return Evaluation(
         styles=styles,
         extractor=network.name,
@@ -173,16 +170,21 @@ def evaluate_pictures(
         kid=kid_matrix(s, b),
         kid_reference=kid_matrix(r, b),
         floors=np.array([floor(f, seed) for f in b]),
-        average_row=row,
+        average_row=np.array(_distances(w, gauss_b)) if w else None,
         bootstrap=resamples,
         ratio_error=errors[0],
         average_ratio_error=errors[2] if w else None,
         style_ratio_errors=style_errors,
-        before_row=row_before,
-        others=tuple(beside),
+        before_row=np.array(_distances(earlier, gauss_b)) if earlier else None,
+        others=beside,
         separation=separation(s, b, r),
         same_seed={name: unlikeness(rows, r, b, seed) for name, rows in (("student", s), ("average", w)) if rows},
     )
+
+
+def _distances(features: Sequence[np.ndarray], goals: Sequence[Gaussian]) -> list[float]:
+    """Of a style's features (n, d) from its goal, a style at a time."""
+    return [frechet(Gaussian.of(rows), goal) for rows, goal in zip(features, goals, strict=True)]
 
 
 def _check(sets: Mapping[str, Pictures]) -> tuple[tuple[str, ...], int]:
