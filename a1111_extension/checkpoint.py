@@ -16,18 +16,19 @@ LOADED = "dmm_loaded"  # on the webui's model: the file as it was loaded
 _read: dict[Stand, Book | str] = {}  # what was found; the last one alone
 
 
-def current_path() -> Path | None:
-    """The file that the next picture is drawn with.
+def current_path(drawing: bool = False) -> Path | None:
+    """The file that the next picture is drawn with, or that the present one is.
 
     The loaded one, ``sd_model.sd_checkpoint_info.filename`` (modules/sd_models.py); before there is any, the one that
     the webui says is chosen (``select_checkpoint``). Forge loads a chosen one with the next picture only: there it is
-    ``model_data.forge_loading_parameters`` that counts.
+    ``model_data.forge_loading_parameters`` that counts, but not for the present picture, for they name the first
+    pass's checkpoint while another one draws the hires pass or refines (modules/processing.py, sd_samplers_common.py).
     """
     from modules import sd_models
 
-    info = (getattr(_data(), "forge_loading_parameters", None) or {}).get("checkpoint_info")
-    if info is None:
-        info = getattr(_model(), "sd_checkpoint_info", None)
+    chosen = (getattr(_data(), "forge_loading_parameters", None) or {}).get("checkpoint_info")
+    loaded = getattr(_model(), "sd_checkpoint_info", None)
+    info = (loaded or chosen) if drawing else (chosen or loaded)
     if info is None:
         try:
             info = sd_models.select_checkpoint()
@@ -42,7 +43,7 @@ def current(drawing: bool = False) -> Book | str:
 
     ``drawing``: the model that draws has its place. Before that Forge still loads a rewritten file (``renew``).
     """
-    path = current_path()
+    path = current_path(drawing)
     if path is None:
         return "Off: no checkpoint is loaded yet."
     try:

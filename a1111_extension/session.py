@@ -68,6 +68,8 @@ class Session:
         """
         LIVE.end()
         self._forget(p)
+        for key in (*infotext.KEYS, WARNING):  # the XYZ grid's cells share one mapping: copy(p) in scripts/xyz_grid.py
+            p.extra_generation_params.pop(key, None)
         if self._run is not None and self._run.is_of(p):  # it ended in an exception, and is tried again
             self._run = self._run.outer
         run = self._run = Run(p, self._run)
@@ -146,7 +148,7 @@ def step(params: Any) -> None:
     """``on_cfg_denoiser``; a refiner may have put another checkpoint in place in mid-sampling."""
     if LIVE.plan is None:
         return
-    if checkpoint.current_path() != LIVE.plan.book.path:
+    if checkpoint.current_path(drawing=True) != LIVE.plan.book.path:
         LIVE.hide()
         return
     LIVE.ensure(shared.sd_model)

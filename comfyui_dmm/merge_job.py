@@ -20,6 +20,7 @@ from dmm_core.outputs import settled
 from dmm_core.recipe import Recipe
 
 AGAIN = "Run it again"
+DONE = "Done. Load DMM has it in its list."
 Say = Callable[[str], None]
 log = logging.getLogger("dmm")
 
@@ -70,6 +71,10 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
     except BaseException as stop:  # a cancel, or the end of ComfyUI
         say("Stopping: what was learnt is saved first.")
         told = shown.view.cancel(job, AGAIN)
+        if job.last is not None and job.last.kind == "failed":
+            told = f"Broken off: {job.last.about['line']}"
+        elif job.last is not None and job.last.kind == "done":
+            told = DONE
         if isinstance(stop, host.InterruptProcessingException):
             say(told)
             log.info("DMM: the merge was %s", told[0].lower() + told[1:])
@@ -79,7 +84,7 @@ def _follow(job: jobs.Job, say: Say) -> Image.Image | None:
     except BadInput:
         say("")  # the red node says what is wrong
         raise
-    say("Done. Load DMM has it in its list.")
+    say(DONE)
     return shown.picture
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,19 @@ class MergeCheckpoints(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, name: str | None = None, **chosen: Any) -> Any:
+    def fingerprint_inputs(cls, name: str | None = None, recipe: str | None = None, **chosen: Any) -> Any:
         """Other files under the same names, or an output that is gone, run again; a finished merge does not."""
         stats = []
+        read: dict[str, Callable[[], Path]] = {"recipe": lambda: merging.recipe_file(recipe or "")}
         for key, value in chosen.items():
             if key.startswith("checkpoint_") or key == "base":
-                try:
-                    about = merging.find(str(value)).stat()
-                except (BadInput, OSError):
-                    continue
-                stats.append(f"{key} {about.st_mtime_ns} {about.st_size}")
+                read[key] = partial(merging.find, str(value))
+        for key, path in read.items():
+            try:
+                about = path().stat()
+            except (BadInput, OSError):
+                continue
+            stats.append(f"{key} {about.st_mtime_ns} {about.st_size}")
         try:
             made = merging.MADE.fingerprint(merging.output(name or ""))
         except BadInput:

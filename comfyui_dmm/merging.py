@@ -62,7 +62,7 @@ def recipe_of(name: str, teachers: list[Path], base: str, preset: str, prompts: 
     source: str | Path = NODE
     folder = Path(folder_paths.get_input_directory())
     if recipe.strip():
-        source = folder / recipe.strip().strip('"')
+        source = recipe_file(recipe)
         read = read_file(source)
         if not isinstance(read, Mapping):
             raise BadInput("is no recipe", source, "It begins with keys such as train: and data:.")
@@ -71,6 +71,11 @@ def recipe_of(name: str, teachers: list[Path], base: str, preset: str, prompts: 
     place = Place(Path(folder_paths.get_folder_paths("checkpoints")[0]), _own(), _device())
     chosen = find(base) if base != NONE else None
     return recipe_for(name, place, teachers, data, prompts=prompts, base=chosen, folder=folder, source=source)
+
+
+def recipe_file(named: str) -> Path:
+    """What the widget names: a whole path, or a file in ComfyUI's input folder."""
+    return Path(folder_paths.get_input_directory()) / named.strip().strip('"')
 
 
 def _own() -> Path:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -153,7 +153,8 @@ def _train(merge: Any, asked: Callable[[], bool], previews: Previews, events: Ev
             events("progress", step=result.step, total=total, seconds_left=left, losses=losses.now, loss=result.loss)
             told = now
         if saved != (saved := _changed(merge.state_file)):
-            losses.save()
+            with suppress(OSError):  # a picture's line, not worth a merge
+                losses.save()
             events("saved", path=merge.state_file)
         previews.now_and_then()
     if saved != _changed(merge.state_file):
@@ -189,7 +190,7 @@ class Previews:
             if self.preview is None or self.preview.stage != self.merge.stage:  # other prompts
                 self.preview = Preview(self.merge)
             path, caption = self.preview.draw(self.losses.points if self.losses else [])
-        except (RuntimeError, MemoryError, BadInput) as error:  # memory above all, or no VAE in the file
+        except (RuntimeError, MemoryError, OSError, BadInput) as error:  # memory, a full disk, no VAE in the file
             self.seconds = 0.0
             self.events("warning", line=f"there are no previews: {one_line(error)}")
             return

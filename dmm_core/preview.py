@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Preview:
         grid(names, self.of_teachers, students, points).save(data, "JPEG", quality=88)
         write_atomically(path, data.getvalue())
         for old in sorted(self.folder.glob("step-*.jpg"))[:-KEPT]:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows, while somebody looks at it
+                old.unlink()
         shown = " | ".join(run.data.prompts[i] for i in self.prompts)
         return path, f"step {run.steps_done}: teachers above, student below ({shown})"
 

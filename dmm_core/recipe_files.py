@@ -29,6 +29,8 @@ def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path
     ``work``: a folder for what is thrown away in the end, in which none of them may lie.
     """
     for key, path in {"out": out, **inputs}.items():
+        if path is not None and not _is_text(path):
+            raise RecipeError(f"{key}: {str(path)!r} has bytes that are no text", source, "Rename the file or folder.")
         if work is not None and path is not None and work.absolute() in path.absolute().parents:
             raise RecipeError(f"work: {key} lies in it, {path}", source, "Name a folder that holds nothing else.")
     for key, path in inputs.items():
@@ -46,6 +48,14 @@ def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path
         raise RecipeError(f"out: {out} cannot be written, {why}", source)
     if not os.access(nearest, os.W_OK):
         raise RecipeError(f"out: {out} cannot be written, {nearest} is read-only", source)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the name can be written into a file's metadata; Linux takes any bytes for a name."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _similar_file(path: Path) -> str:

@@ -104,6 +104,6 @@ def _fill(find: Any, shown: str) -> list[Any]:
     told = f"{len(book.names)} styles." + (f" Without a slider: {', '.join(rest)}." if rest else "")
     return [
         gr.update(value=said(told)), *sliders.shown(len(names)), *sliders.pictures(names, book),
-        *sliders.labelled(names, values), gr.update(visible=bool(rest)),
+        *sliders.labelled(names, values), gr.update(visible=bool(rest), **({"value": ""} if fresh else {})),
         gr.update(value=json.dumps(names, ensure_ascii=False)),
     ]  # fmt: skip

@@ -71,6 +71,14 @@ class UnsupportedModel(CheckpointError):
         super().__init__(f"is {name}; only SD1.5 and SDXL base models work here", path, "Give one of those.")
 
 
+class ScaledWeights(CheckpointError):
+    """8-bit codes and scales beside them. The codes alone are no weights."""
+
+    def __init__(self, path: str | Path, key: str) -> None:
+        what = f"holds 8-bit codes with scales ({key}), not weights"
+        super().__init__(what, path, "Give the fp16, bf16 or fp32 version of this model.")
+
+
 class MissingKeys(CheckpointError):
     """Tensors that the architecture needs are not there. ``keys`` are named as in the file."""
 

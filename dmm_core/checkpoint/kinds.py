@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from dmm_core.checkpoint.errors import LoraGiven, NotACheckpoint, UnsupportedModel
+from dmm_core.checkpoint.errors import LoraGiven, NotACheckpoint, ScaledWeights, UnsupportedModel
 from dmm_core.checkpoint.keymap import UNET, VAE
 
 UNET_PREFIXES = (UNET, "diffusion_model.", "unet/", "")
 STYLE_FILE = {"lora_unet_time_embed_2.diff", "lora_unet_time_embed_2.diff_b"}
+_SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # comfy/model_detection.py, comfy/ops.py
 _LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_", "lora_transformer_")
 _LORA_PARTS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.",
                "_lora.up.", ".hada_w1_", ".lokr_w", ".oft_blocks", ".oft_diag", ".lora_linear_layer.")  # fmt: skip
@@ -84,7 +85,7 @@ def require_unet(path: Path, keys: Collection[str]) -> tuple[str, str]:
     """Layout and prefix of the UNet.
 
     Raises:
-        LoraGiven, NotACheckpoint, UnsupportedModel
+        LoraGiven, NotACheckpoint, UnsupportedModel, ScaledWeights
     """
     if is_lora(keys):
         raise LoraGiven(path)
@@ -95,4 +96,6 @@ def require_unet(path: Path, keys: Collection[str]) -> tuple[str, str]:
         raise NotACheckpoint(f"holds {name}, not a checkpoint", path, "Give the full model.")
     layout = unet_layout(keys)
     assert layout is not None  # other_kind names what has none
+    if scale := next((key for key in keys if key.endswith(_SCALES)), None):
+        raise ScaledWeights(path, scale)
     return layout

@@ -86,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = json.loads(raw)
         metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
         tensors = {key: _info(path, entry, 8 + length) for key, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NotSafetensors(path, "its header cannot be read") from error
     end = max((t.offset + t.size for t in tensors.values()), default=8 + length)
     if end > size:
@@ -194,8 +194,11 @@ def weight_files(folder: Path) -> list[Path]:
             if (whole := folder / f"{stem}{variant}.safetensors").is_file():
                 return [whole]
             if index.is_file():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / os.path.basename(name) for name in sorted(set(names))]
+                try:
+                    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                    return [folder / os.path.basename(name) for name in sorted(names)]
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                    raise NotSafetensors(index, "its list of files cannot be read") from error
     if not folder.is_dir():
         return []
     found = sorted(folder.glob("*.safetensors"))

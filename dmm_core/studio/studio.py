@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmm_core import environment, jobs
+from dmm_core import environment, inputs, jobs
 from dmm_core.asked import preview_seconds, recipe_for
 from dmm_core.checkpoint import inspect_file, open_checkpoint
 from dmm_core.errors import BadInput
@@ -150,10 +150,11 @@ class Studio:
         except (OSError, ValueError):
             raise BadInput("cannot be read", path, "Start the merge anew.") from None
         recipe = recipe_from_dict(data, path.parent, f"{name} (unfinished)")
-        inputs = (teacher.path for teacher in recipe.teachers)
+        teachers = (teacher.path for teacher in recipe.teachers)
         others = (recipe.base, recipe.student, recipe.work, recipe.data.prompts)
-        for used in (*inputs, recipe.out, *(other for other in others if other is not None)):
+        for used in (*teachers, recipe.out, *(other for other in others if other is not None)):
             self.folders.require_known(used)
+        inputs.require_same(recipe)  # replace is for the output alone: with another teacher it would begin anew
         return self._start(recipe, replace=require_ours(recipe.out) is not None)
 
     def _start(self, recipe: Recipe, replace: bool, found: dict[str, Any] | None = None) -> Activity:

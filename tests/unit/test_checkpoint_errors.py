@@ -21,6 +21,7 @@ from dmm_core.checkpoint import (
     NotSafetensors,
     NoUnetFolder,
     PickleRefused,
+    ScaledWeights,
     StyleCount,
     TruncatedFile,
     UnsupportedModel,
@@ -198,6 +199,26 @@ def test_other_architectures(tmp_path, keys, name):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {key: torch.zeros(2) for key in keys}, {})
     fails(path, UnsupportedModel, name, "only SD1.5 and SDXL")
+
+
+@pytest.mark.parametrize("scale", ["scaled_fp8", "input_blocks.1.1.proj_in.scale_weight", "out.2.comfy_quant"])
+def test_codes_with_scales_are_no_weights(changed, scale):
+    """ComfyUI multiplies them out (comfy/model_detection.py); taken as they are, a teacher would draw noise."""
+    path = changed(lambda state: state.update({UNET + scale: torch.ones(())}))
+    fails(path, ScaledWeights, "8-bit codes with scales", scale, "fp16")
+    assert "8-bit" in inspect_file(path)["problem"]
+
+
+def test_a_header_too_deep_and_a_damaged_list_of_shards(tmp_path):
+    deep = b'{"a":' * 100_000
+    path = tmp_path / "deep.safetensors"
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    fails(path, NotSafetensors, "header")
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    index = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for text in ('{"weight_map": {"a": "b.safe', "[]", "{}", '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        fails(tmp_path / "model", NotSafetensors, index.name, "list of files")
 
 
 def test_sd2_refiner_and_inpainting(tmp_path, changed):

@@ -112,6 +112,19 @@ def test_stopped_killed_and_started_again_equals_uninterrupted(tmp_path, teacher
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_pictures_that_cannot_be_written_do_not_end_the_training(tmp_path, teachers):
+    """Nor does what the losses' lines are kept in: a full disk, a file that somebody holds open on Windows."""
+    made = recipe(tmp_path / "out.safetensors", teachers, steps=4, save_every=2)
+    work = tmp_path / "out.work"
+    (work / "losses.json" / "in the way").mkdir(parents=True)
+    (work / "previews").write_bytes(b"")
+    with jobs.start(made, preview_seconds=0.01, training=HERE) as job:
+        seen = follow(job)
+    assert seen[-1].kind == "done" and made.out.exists()
+    warnings = [event.about["line"] for event in seen if event.kind == "warning"]
+    assert sum(line.startswith("there are no previews: ") for line in warnings) == 1, warnings
+
+
 def test_second_job_on_the_device_is_refused_in_one_line(tmp_path, teachers):
     with jobs.start(recipe(tmp_path / "a.safetensors", teachers, steps=9999), 0, training=HERE) as first:
         follow(first, "progress", 1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,21 @@ def test_names_only_tells_no_folder(folder):
     assert "ü" not in json.dumps(told, ensure_ascii=False) and told["teachers"][1]["path"] == "néon 2.safetensors"
     again = recipe_from_dict(told, check_files=False)
     assert [t.name for t in again.teachers] == ["ink", "neon"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have names of text alone")
+@pytest.mark.parametrize("key", ["teachers[1].path", "base", "out"])
+def test_a_name_that_is_no_text_is_refused_before_anything_is_learnt(folder, key):
+    """It could not be written into the file's metadata, at the very end."""
+    bad = os.fsdecode(b"caf\xe9.safetensors")
+    shutil.copy(folder / "base.safetensors", folder / bad)
+    data = minimal() | ({key: bad} if key in ("base", "out") else {})
+    if key.startswith("teachers"):
+        data["teachers"] = [data["teachers"][0], bad]
+    with pytest.raises(RecipeError) as told:
+        recipe_from_dict(data, folder)
+    line = str(told.value).encode().decode()  # can be shown
+    assert key in line and "no text" in line and "\n" not in line
 
 
 def test_frozen(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmm_core import environment, jobs
+from dmm_core import environment, inputs, jobs
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import Reporter, build_parser, jsonable
 from dmm_core.environment import NotInstalled, Training
@@ -203,6 +203,20 @@ def test_resume_goes_on_as_it_began_whatever_was_planned_since(studio, started, 
     studio.resume("mixed")
     studio.desk.wait(60)
     assert [recipe.train.student for recipe, _ in started] == ["full"]
+
+
+def test_resume_beside_a_finished_file_keeps_what_was_learnt(studio, folders, planned_here, monkeypatch):
+    """The output may be overwritten, but a teacher that has changed since must not make it begin anew."""
+    recipe = studio.recipe(wanted())
+    work = leave_unfinished(recipe)
+    inputs.note(recipe)
+    mine = recipe.teachers[0].path
+    tiny.write_tiny_dmm(recipe.out)
+    other = open_checkpoint(folders.checkpoint("c.safetensors")).path
+    shutil.copy(other, mine)
+    with pytest.raises(BadInput, match=r"a\.safetensors: is not the file .* Put that one back to go on"):
+        studio.resume("mixed")
+    assert (work / "state.safetensors").exists()
 
 
 def test_a_planned_merge_is_finished_with_and_without_its_plan(studio, folders, started, planned_here):

@@ -5,12 +5,17 @@ DMM_COMFYUI=… DMM_COMFYUI_PYTHON=… "$DMM_COMFYUI_PYTHON" -m pytest -m hosts 
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from dmm_core.errors import BadInput
 from tests.hosts.comfyui.inside_tools import apart, encode, sample, style
 
 pytestmark = pytest.mark.hosts
@@ -42,6 +47,41 @@ def test_a_name_from_the_page_is_found_as_windows_lists_it(pack, monkeypatch):
     monkeypatch.setattr(pack.loading, "choices", lambda: ["x.safetensors", "sub\\x.safetensors"])
     assert routes.listed("sub/x.safetensors") == routes.listed("sub\\x.safetensors") == "sub\\x.safetensors"
     assert routes.listed("x.safetensors") == "x.safetensors" and routes.listed("../x") == "../x"
+
+
+def test_a_style_file_in_use_is_a_sentence(pack, loaded, tmp_path, monkeypatch):
+    """Windows refuses to replace a file that LoraLoader has mapped."""
+    from comfyui_dmm import files
+
+    def refuse(source, target):
+        raise PermissionError(13, "Access is denied", str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(BadInput, match=r"ink\.safetensors: cannot be written\. If a Load LoRA node") as told:
+        files.save_style(style(pack, loaded, "ink"), "ink", tmp_path)
+    assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "about", "told"), [
+    ("stopped", {"step": 3}, "Stopped before the first step. Run it again to go on from there."),
+    ("failed", {"line": "OSError: No space left on device"}, "Broken off: OSError: No space left on device"),
+    ("done", {}, "Done. Load DMM has it in its list."),
+])  # fmt: skip
+def test_cancel_tells_how_the_merge_ended(pack, tmp_path, kind, about, told):
+    """A real child that says one thing when it is asked to stop."""
+    import comfy.model_management as management
+
+    from comfyui_dmm import merge_job
+    from dmm_core import jobs
+
+    line = json.dumps({"kind": kind, **about})
+    code = f"import pathlib, time\nwhile not pathlib.Path('stop').exists(): time.sleep(0.02)\nprint({line!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path)
+    said: list[str] = []
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        merge_job._follow(jobs.Job(tmp_path, child), said.append)
+    assert said[-1] == told
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

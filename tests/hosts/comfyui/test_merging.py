@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dmm_core.checkpoint import open_checkpoint
-from tests.hosts.comfyui.browser import BRIEF, SHORT
+from tests.hosts.comfyui.browser import BRIEF, BRIEF_RECIPE, SHORT
 from tests.hosts.comfyui.graphs import Graph, node, plain, styled
 from tests.hosts.comfyui.harness import ROOT, Failed, Server
 
@@ -81,7 +81,9 @@ def test_cancelled_resumed_finished_loaded(server):
 
 def test_chained_and_finished_is_not_merged_again_and_missing_is(server):
     """An empty name hands checkpoints on."""
-    last = merge("once", "neon", prompts="a cat\na house", teachers=["first", 1])
+    recipe = server.base / "input" / "own.yaml"
+    recipe.write_text(BRIEF_RECIPE, encoding="utf-8")
+    last = merge("once", "neon", prompts="a cat\na house", teachers=["first", 1], recipe=recipe.name)
     graph = {"first": merge("", "ink"), "merge": last}
     server.run(graph)
     path = checkpoint(server, "once")
@@ -96,6 +98,9 @@ def test_chained_and_finished_is_not_merged_again_and_missing_is(server):
     assert path.exists() and "merge" not in server.cached
     with pytest.raises(Failed, match=r"is a merge with other settings\. Choose another name, or turn replace on"):
         server.run({"merge": merge("once", "ink", "clay")})
+    recipe.write_text(BRIEF_RECIPE.replace("steps: 4", "steps: 5"), encoding="utf-8")
+    with pytest.raises(Failed, match="is a merge with other settings"):  # not the result that ComfyUI keeps
+        server.run(graph)
 
 
 BAD = {

@@ -36,6 +36,7 @@ class Processing:
     cfg_scale: float = 4.0
     enable_hr: bool = False
     hr_prompt: str = ""
+    hr_checkpoint: Path | None = None
     seed: int = 0
     split: bool = False  # A1111's "batch cond/uncond" off
     script_args: list[Any] = field(default_factory=list)
@@ -101,6 +102,12 @@ class Host:
         """In the checkpoint dropdown: Forge loads it with the next picture only."""
         self.sd_models.choose(path, self.profile)
 
+    def refine(self, path: Path) -> None:
+        """Another checkpoint in mid-sampling; Forge activates the extra networks for it (sd_samplers_common.py)."""
+        self.sd_models.load_in_mid_picture(path, self.profile)
+        if self.profile == "forge":
+            self.networks.activate(self.present, self.networks.parse_prompts(list(self.present.prompts))[1])
+
     @property
     def unet(self) -> Any:
         model = self.shared.sd_model
@@ -139,6 +146,7 @@ class Host:
             self.shared.state.end()
 
     def process_images(self, p: Processing) -> SimpleNamespace:
+        self.present = p
         args, script = p.script_args or self.values(), self.script
         script.before_process(p, *args)
         if self.profile == "forge":
@@ -173,6 +181,8 @@ class Host:
 
     def hires(self, p: Processing, args: list[Any], x: torch.Tensor, prompts: list[str], data: Any) -> torch.Tensor:
         p.is_hr_pass = True
+        if p.hr_checkpoint is not None:
+            self.sd_models.load_in_mid_picture(p.hr_checkpoint, self.profile)
         self.networks.activate(p, data)
         self.script.before_hr(p, *args)
         for _ in range(2 if self.profile == "forge" else 1):

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_refiner_in_mid_sampling(host, files):
 
     def switch(params):
         if params.denoiser.step == 1:
-            host.load(files / "other.safetensors")
+            host.refine(files / "other.safetensors")
 
     def refined(args):
         host.load(files / "dmm.safetensors")
@@ -82,6 +83,46 @@ def test_refiner_in_mid_sampling(host, files):
     assert seen == [2, 0, 0]
     assert apart(styled, refined(None)[0]) > 0.001  # the first step had it
     assert apart(styled, draw(host)) > 0.001
+
+
+@pytest.mark.parametrize(("first", "second"), [("dmm", "plain"), ("plain", "dmm")])
+def test_another_checkpoint_in_the_hires_pass(host, files, first, second):
+    """Each pass has the style if its own checkpoint does, also where Forge tells of the first one's all the time."""
+    more = {"enable_hr": True, "hr_checkpoint": files / f"{second}.safetensors"}
+
+    def seen(args):
+        host.load(files / f"{first}.safetensors")
+        return watch(host, args, **more)
+
+    assert seen(INK) == ([2] * 3 + [0] * 3 if first == "dmm" else [0] * 3 + [2] * 3)
+    host.load(files / f"{first}.safetensors")
+    told = job(host, INK, **more)
+    assert list(told.comments) == [
+        "DMM: Off: plain.safetensors is an ordinary checkpoint without styles. Choose a DMM file."
+    ]
+
+
+def test_another_choice_while_a_picture_is_drawn(host, files):
+    """In Forge it is loaded with the next one: the present one keeps its style."""
+    if host.profile != "forge":
+        pytest.skip("the others load at once, between pictures")
+    host.load(files / "dmm.safetensors")
+    host.callbacks.registered["cfg_denoiser"].insert(0, lambda params: host.choose(files / "plain.safetensors"))
+    try:
+        assert watch(host, INK) == [2] * 3
+    finally:
+        del host.callbacks.registered["cfg_denoiser"][0]
+    assert watch(host, INK) == [0] * 3
+
+
+def test_pictures_of_a_grid_share_what_they_write(host, files):
+    """``copy(p)`` in scripts/xyz_grid.py: what one cell says is not the next one's."""
+    p = Processing(script_args=host.api(INK))
+    for name in ("dmm", "plain", "dmm"):
+        host.load(files / f"{name}.safetensors")
+        written = host.process(copy(p)).params[0][1]
+        expected = "DMM warning" if name == "plain" else "DMM weights"
+        assert [key for key in written if key.startswith("DMM")] == [expected]
 
 
 def test_reload_of_the_page(host):

@@ -178,6 +178,9 @@ def test_panel_sends_its_sliders(host, tab):
     said = press(host, "dmm_mix_export", "dmm.safetensors", shown, "", True, "Style file for stock LoRA loaders",
                  "mine", *weights)  # fmt: skip
     assert "0.5 clay" in said[0] and (tab.STUDIO.folders.loras[0] / "mine.safetensors").exists()
+    other = press(host, "dmm_mix_student", "other.safetensors", shown, event="change")
+    assert other[-2]["value"] == "", "what was written for the styles of the one before is not this one's"
+    assert "value" not in kept[-2]
     none = [0.0] * host.args.SLIDERS
     bad = press(host, "dmm_mix_export", "dmm.safetensors", shown, "", True, "", "x", *none)
     assert "dmm-bad" in bad[0] and "sum" in bad[0]

@@ -59,6 +59,14 @@ def choose(path, profile):
     model_data.forge_loading_parameters = {"checkpoint_info": select_checkpoint()}
 
 
+def load_in_mid_picture(path, profile):
+    """For the hires pass or a refiner. Forge says at once that the first pass's is chosen, whatever is loaded."""
+    parameters = model_data.forge_loading_parameters if profile == "forge" else None
+    load(path, profile)
+    if profile == "forge":
+        model_data.forge_loading_parameters = parameters
+
+
 def forge_model_reload():
     """Forge, at the start of a picture: load what was chosen, if it was not loaded as it was chosen."""
     parameters = model_data.forge_loading_parameters
