@@ -62,15 +62,16 @@ def imitate(
     """Add the gradients of L_block to a student's layers and to what its ``style`` (B, d) was made of.
 
     Args:
-        x_t, t, context: the rows of which the teachers were asked; x_t is for its type and size alone.
+        x_t, t, context: the rows of which the teachers were asked; x_t is for its size alone.
         maps: as ``LayerCalls.take`` gives them, of the teachers.
         scaled: the number whose gradient is wanted, of each row's part of L_block (B,), a layer at a time.
     """
     emb = embedding(unet, x_t, t, context, style)
     leaf = emb.detach().requires_grad_()  # the layers' gradients meet here, and go on together
-    parts = layers(unet)
+    parts, dtype = layers(unet), unet.conv_in.weight.dtype
+    tokens = context.tokens.to(dtype)
     for layer, given, wanted in zip(parts, maps[::2], maps[1::2], strict=True):
-        said = _call(layer, given.to(x_t.dtype), leaf, context.tokens, wanted.shape)
+        said = _call(layer, given.to(dtype), leaf, tokens, wanted.shape)
         size = torch.linalg.vector_norm(wanted, dim=(1, 2, 3), dtype=torch.float32).square() / wanted[0].numel()
         error = score_loss(said, wanted.to(said.dtype)) / (len(parts) * size.clamp_min(1e-12))
         if error.requires_grad:  # a LoRA student's layers need not have any

@@ -56,12 +56,16 @@ class Context:
 
 
 @torch.no_grad()
-def encode_prompts(encoders: Sequence[Any], prompts: Sequence[str], chunk: int = 64) -> Context:
-    """Embeddings of prompts by a checkpoint's text encoders, on their device; SDXL's second one pads with 0."""
+def encode_prompts(encoders: Sequence[Any], prompts: Sequence[str], chunk: int = 64, to: tuple = ()) -> Context:
+    """Embeddings of prompts by a checkpoint's text encoders, on their device; SDXL's second one pads with 0.
+
+    ``to``: as ``Tensor.to`` takes it, for each chunk: thousands of prompts have no room on the device.
+    """
     parts = []
     for start in range(0, len(prompts), chunk):
         some = list(prompts[start : start + chunk])
-        parts.append(embed(encoders, [tokenize(some, pad_with_zero=bool(i)) for i in range(len(encoders))]))
+        told = embed(encoders, [tokenize(some, pad_with_zero=bool(i)) for i in range(len(encoders))])
+        parts.append(told.to(*to) if to else told)
     return Context.cat(parts)
 
 

@@ -203,6 +203,8 @@ def _rows(table: Path) -> Iterator[tuple[Path, str]]:
             picture, text = table.parent / row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"line {number} is no row with file_name and text", table) from error
+        if not isinstance(text, str):
+            raise BadInput(f"line {number} has a text that is none", table, 'Write "" for no caption.')
         if not picture.is_file():
             raise BadInput(f"line {number} names {row['file_name']}, which is not there", table)
         yield picture, text

@@ -38,6 +38,12 @@ from dmm_core.student import Student
 from dmm_core.teachers import Teachers
 
 
+def require_wide(precision: str, spec: TrainSpec) -> None:
+    """Raises BadInput: steps inside the backward pass know nothing of float16's scale of the loss."""
+    if precision == "fp16" and spec.fused_backward:
+        raise BadInput("train.fused_backward needs bf16 or fp32, and this device computes in fp16")
+
+
 class Distillation:
     """A student, its teachers, their data and the optimizer.
 
@@ -59,13 +65,13 @@ class Distillation:
         discriminator: Discriminator | None = None,
         old: int = 0,
     ) -> None:
-        if precision == "fp16" and spec.fused_backward:
-            raise BadInput("train.fused_backward needs bf16 or fp32, and this device computes in fp16")
+        require_wide(precision, spec)
         self.student, self.teachers, self.data, self.context, self.spec = student, teachers, data, context, spec
         self.old = old
         self.device = student.unet.device
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # its factor is made now: a rank may have no loss
         unet, codebook = student.learning()
         self.learned = [*unet, *codebook]
         lr = spec.lr * (FASTER if student.adapters else 1)

@@ -16,6 +16,7 @@ from dmm_core.economy import Rows
 from dmm_core.models import build_vae
 from dmm_core.plan import Sources
 from dmm_core.recipe import Recipe, work_folder
+from dmm_core.room import asked as drawn_by
 from dmm_core.sample import initial_noise, sample_latents
 from dmm_core.schema import plain
 from dmm_core.sizes import latent_sizes
@@ -50,6 +51,7 @@ def make_data(
             else built_in_prompts(spec.latents_per_teacher, recipe.train.seed)
         )
         pools = teacher_latents(recipe, sources, teachers, prompts, notify, keep=work_folder(recipe), warn=warn)
+        prompts, pools = only_used(prompts, pools)
     save_cache(cache, prompts, pools, origin)
     for part in cache.parent.glob("latents-*.safetensors"):
         part.unlink()
@@ -88,9 +90,11 @@ def teacher_latents(
     """
     spec = recipe.data
     sizes = latent_sizes(spec, sources.base)
-    asked = range(sources.old if recipe.train.regularize == 0 else 0, len(teachers))
+    asked = range(len(teachers) - drawn_by(recipe, sources), len(teachers))
     count, done, total = spec.latents_per_teacher, 0, spec.latents_per_teacher * len(asked)
-    teachers.embed([*prompts, ""])
+    number = prompts_of(count, len(prompts))
+    used, place = number.unique(return_inverse=True)  # of a long list the others are not even embedded
+    teachers.embed([*(prompts[i] for i in used), ""])
     together = Rows(teachers.device, "draw even one picture to learn from", "Use a smaller data.size.")
     pools: list[Pools] = [()] * asked.start
     for index in asked:
@@ -99,13 +103,10 @@ def teacher_latents(
             pools += load_cache(kept, origin_of(recipe))[1]
             done += count
             continue
-        number = (
-            torch.arange(count) * 7919 % len(prompts) if count < len(prompts) else torch.arange(count) % len(prompts)
-        )
         of_size = [range(first, count, len(sizes)) for first in range(len(sizes))]
         chunks = [rows[start : start + chunk] for rows in of_size for start in range(0, len(rows), chunk)]
         parts: list[list[Tensor]] = [[] for _ in sizes]
-        draw = drawing(recipe, teachers, index, number, sizes)
+        draw = drawing(recipe, teachers, index, place, sizes)
         for rows, part in zip(chunks, together.of(draw, chunks), strict=True):
             parts[rows[0] % len(sizes)].append(part)
             done += len(part)
@@ -120,19 +121,33 @@ def teacher_latents(
     return pools
 
 
+def prompts_of(count: int, prompts: int) -> Tensor:
+    """Which of so many prompts each of ``count`` pictures has (count,): all in turn, or some from all of the list."""
+    if count >= prompts:
+        return torch.arange(count) % prompts
+    return torch.arange(count) * (7919 if prompts % 7919 else 7907) % prompts  # primes
+
+
+def only_used(prompts: Sequence[str], pools: Sequence[Pools]) -> tuple[list[str], list[Pools]]:
+    """The prompts that latents were drawn of, and the pools with their numbers among these."""
+    used = torch.cat([pool.prompt for entry in pools for pool in entry]).unique()
+    kept = [tuple(Pool(pool.latents, torch.searchsorted(used, pool.prompt)) for pool in entry) for entry in pools]
+    return [prompts[i] for i in used], kept
+
+
 def drawing(
     recipe: Recipe, teachers: Teachers, index: int, number: Tensor, sizes: Sequence[tuple[int, int]]
 ) -> Callable[[range], Tensor]:
     """What draws rows of teacher ``index``'s latents (B, 4, h, w) on the CPU, of one of the ``sizes``.
 
     Each row has noise of its own, so that it is the same with whichever others it is drawn. ``number``: of each row's
-    prompt; the empty one comes after the last.
+    prompt among the embedded ones; the empty one comes after the last.
     """
     spec, unet = recipe.data, teachers.unet_alone(index)
     nothing = teachers.context(index, torch.tensor([-1]))
 
     def draw(rows: range) -> Tensor:
-        seeds = [recipe.train.seed * 1_000_003 + index * 100_003 + row for row in rows]
+        seeds = [(recipe.train.seed * 1_000_003 + index * 100_003 + row) % 2**63 for row in rows]
         return sample_latents(
             unet, teachers.context(index, number[list(rows)]), initial_noise(seeds, sizes[rows[0] % len(sizes)]),
             steps=spec.steps, cfg_scale=spec.cfg_scale, negative=nothing, **teachers.sampling(index),

@@ -35,11 +35,7 @@ class StudentOptimizer:
     """
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], spec: TrainSpec, device: torch.device) -> None:
-        if spec.optimizer == "adamw8bit" and not has_eight_bit():
-            raise BadInput(
-                f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here, or too old",
-                hint=f"Run: pip install -U {EIGHT_BIT}. Or set train.optimizer: adamw.",
-            )
+        require_library(spec)
         self.spec, self.device = spec, device
         self.parameters = [p for parameters, _ in groups for p in parameters]
         self.places = {p: i for i, p in enumerate(self.parameters)}
@@ -153,6 +149,15 @@ class StudentOptimizer:
 def _plain(value: Any) -> dict[str, Tensor]:
     """A value of an optimizer's state as a tensor that a file can hold."""
     return {"": value} if isinstance(value, Tensor) else {"#": torch.tensor(value)}
+
+
+def require_library(spec: TrainSpec) -> None:
+    """Raises BadInput: 8-bit moments are asked for, and no library that has them is installed."""
+    if spec.optimizer == "adamw8bit" and not has_eight_bit():
+        raise BadInput(
+            f"train.optimizer adamw8bit needs {EIGHT_BIT}, which is not installed here, or too old",
+            hint=f"Run: pip install -U {EIGHT_BIT}. Or set train.optimizer: adamw.",
+        )
 
 
 def has_eight_bit() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,8 +16,8 @@ from dmm_core.environment import importing
 from dmm_core.errors import BadInput
 from dmm_core.fitting import differences, must_fit, same_prediction
 from dmm_core.lora_teacher import lora_teacher
-from dmm_core.recipe import Recipe, TeacherSpec
-from dmm_core.room import asked, drawing, keeping, latent_bytes, most_bytes, prompt_count, saving_bytes
+from dmm_core.recipe import Recipe, TeacherSpec, work_folder
+from dmm_core.room import asked, drawing, file_bytes, keeping, latent_bytes, most_bytes, prompt_count, saving_bytes
 from dmm_core.speed import has_bf16
 
 GIB = 2**30
@@ -175,11 +176,7 @@ def plan(recipe: Recipe, found: Any = None, tried: bool = False) -> Plan:
     memory = max(weights_bytes(part.train, count, device, different, body) for part in stages)
     drawn = sum(latent_bytes(stage, sources) for stage in keeping(stages))
     disk = drawn + most_bytes(stages, sources, count, body)
-    folder = existing_parent(recipe.out)
-    if shutil.disk_usage(folder).free < disk:
-        raise BadInput(
-            f"needs {disk / GIB:.1f} GiB of room, and the disk has less", folder, "Free some, or choose another place."
-        )
+    require_room(recipe, disk, file_bytes(sources.base.path))
     rows = [part.train.batch * len(teachers_of_step(part.train, 0, total, sources.old)) for part in stages]
     samples = sum(part.train.steps * count for part, count in zip(stages, rows, strict=True))
     steps = sum(part.train.steps for part in stages)
@@ -209,6 +206,22 @@ def with_trials(told: Plan, found: Any, recipe: Recipe, stages: Sequence[Recipe]
         told, seconds_per_step=training / told.steps, seconds=training + sum(chunks[w] * denoising[w] for w in chunks),
         peak_bytes=found.device or ram, ram_bytes=ram, changes=found.changes,
     )  # fmt: skip
+
+
+def require_room(recipe: Recipe, disk: int, result: int) -> None:
+    """Raises BadInput where a disk lacks room: ``disk`` bytes for ``work``, or ``result`` for ``out`` elsewhere."""
+    work, out = existing_parent(work_folder(recipe) / "state"), existing_parent(recipe.out)
+    needed = {work: disk}
+    if device_of(work) != device_of(out):
+        needed[out] = result
+    for folder, size in needed.items():
+        if shutil.disk_usage(folder).free < size:
+            told = f"needs {size / GIB:.1f} GiB of room, and the disk has less"
+            raise BadInput(told, folder, "Free some, or choose another place.")
+
+
+def device_of(folder: Path) -> int:
+    return os.stat(folder).st_dev
 
 
 def existing_parent(path: str | Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmm_core.errors import RecipeError
+from dmm_core.schema import is_number
 
 ROWS = 16  # of one optimizer step, over all its teachers
 # The paper's λ (§3.4), what measured best, and rows on the way from style to style, for sliders that go evenly.
@@ -136,12 +137,12 @@ def with_stages(data: Any) -> Any:
         if given.get("name") == "synthesised":
             own["data"] = {"kind": "teachers", "path": None}
             rates = {"lr": 1e-5, **{key: train[key] for key in ("lr", "style_lr") if train.get(key) is not None}}
-            own["train"] = {key: rate / 10 for key, rate in rates.items() if isinstance(rate, int | float)}
-            own["train"] |= {"steps": max(1, int(steps) // 10)} if isinstance(steps, int | float) else {}
+            own["train"] = {key: rate / 10 for key, rate in rates.items() if is_number(rate)}
+            own["train"] |= {"steps": max(1, int(steps) // 10)} if is_number(steps) else {}
         if given.get("name") == "few_step":
             own["data"] = dict(OWN)
             own["train"] = {"few_step": data_of.get("cfg_scale") or 5.0, **ALONE}
-            own["train"] |= {"steps": max(1, int(steps) // 2)} if isinstance(steps, int | float) else {}
+            own["train"] |= {"steps": max(1, int(steps) // 2)} if is_number(steps) else {}
         filled = dict(given)
         for key, common in (("data", data_of), ("train", train)):
             said = given.get(key) or {}

@@ -22,6 +22,7 @@ from dmm_core.sample import decode, initial_noise, sample_latents
 from dmm_core.sizes import latent_sizes, squarest
 
 STEPS = 8  # of the sampler: enough to see the style
+FEW = 4  # of a student that is made for few
 KEPT = 2  # files; whoever shows the last but one may still be reading it
 SIDE, GAP, LEFT, TOP, CHART, TEXT, SMALL = 128, 6, 76, 26, 84, 14, 11  # pixels
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#846200", "#495057")  # of the styles
@@ -73,17 +74,18 @@ class Preview:
         weights = torch.nn.functional.one_hot(torch.tensor([index]), len(run.student.codebook)).float()
         with torch.no_grad():
             style = run.student.codebook(weights.to(run.device))
-        return self._sample(run.student.unet, lambda rows: run.context[rows].to(run.device), style)
+        kind: dict[str, Any] = {"prediction_type": self.merge.sources.base.prediction_type}
+        if run.spec.few_step:  # it has the guidance in it
+            kind |= {"few_step": True, "steps": FEW, "cfg_scale": 1.0}
+        return self._sample(run.student.unet, lambda rows: run.context[rows].to(run.device), style, kind)
 
-    def _sample(self, unet: Any, context: Any, style: Tensor | None, kind: Any = None) -> Tensor:
+    def _sample(self, unet: Any, context: Any, style: Tensor | None, kind: Mapping[str, Any]) -> Tensor:
         run, spec = self.merge.distillation, self.merge.recipe.data
-        kind = kind or {"prediction_type": self.merge.sources.base.prediction_type}
+        empty = context(torch.tensor([len(run.data.prompts) - 1]))
+        how = {"steps": STEPS, "cfg_scale": run.spec.few_step or spec.cfg_scale, "negative": empty, **kind}
+        noise = initial_noise(range(len(self.prompts)), self.size)
         with run.passes.autocast():
-            return sample_latents(
-                unet, context(torch.tensor(self.prompts)), initial_noise(range(len(self.prompts)), self.size),
-                steps=STEPS, cfg_scale=spec.cfg_scale, negative=context(torch.tensor([len(run.data.prompts) - 1])),
-                style=style, **kind,
-            )  # fmt: skip
+            return sample_latents(unet, context(torch.tensor(self.prompts)), noise, style=style, **how)
 
 
 def grid(names: Sequence[str], teachers: Pictures, students: Pictures, points: Points = ()) -> Image.Image:

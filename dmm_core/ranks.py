@@ -137,7 +137,7 @@ def companions(recipe: Recipe, count: int) -> Iterator[Alone]:
         return
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="dmm-", ignore_cleanup_errors=True) as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
+        meeting = str(Path(folder) / "meeting")
         context = multiprocessing.get_context("spawn")
         others = [
             context.Process(target=_companion, args=(recipe, meeting, rank, count), daemon=True)
@@ -160,7 +160,8 @@ def companions(recipe: Recipe, count: int) -> Iterator[Alone]:
 
 
 def _meet(meeting: str, rank: int, count: int) -> None:
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=PATIENCE)
+    store = dist.FileStore(meeting, count)  # torch reads a file's URL as it stands, with %20 for a space
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
 
 
 def _companion(recipe: Recipe, meeting: str, rank: int, count: int) -> None:

@@ -18,6 +18,7 @@ from dmm_core.schema import Pattern, Range, Reader, plain
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0 = not at all
+Seed = Annotated[int, Range(0, 2**63 - 1)]  # as torch takes them
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, high_open=True)]
 Positive = Annotated[float, Range(0, low_open=True)]
@@ -122,7 +123,7 @@ class TrainSpec:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Device = "auto"
     processes: Count = 1
-    seed: CountOrNone = 0
+    seed: Seed = 0
     save_every: CountOrNone = 500
     student: Literal["full", "lora"] = "full"
     rank: Count = 64
@@ -223,7 +224,7 @@ def recipe_from_dict(
     parts = [replace(recipe, data=stage.data, train=stage.train) for stage in recipe.stages]
     for part in parts or [recipe]:
         check_values(part, source)
-    for key in ("student", "rank", "weights", "precision", "device", "processes"):
+    for key in ("start", "student", "rank", "weights", "precision", "device", "processes", "channels_last", "compile"):
         if len(values := {getattr(stage.train, key) for stage in recipe.stages}) > 1:
             raise RecipeError(f"stages: expected one train.{key} for all of them, got {values}", source)
     if check_files:

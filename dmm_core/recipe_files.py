@@ -42,12 +42,14 @@ def check_paths(inputs: Mapping[str, Path | None], out: Path, source: str | Path
             raise RecipeError(f"out: {out} is also {key}, and would be lost", source, "Choose another name.")
     if out.is_dir():
         raise RecipeError(f"out: expected a file's name, got the folder {out}", source)
-    nearest = next((folder for folder in out.parents if folder.exists()), None)
-    if nearest is None or not nearest.is_dir():
-        why = "there is no such drive" if nearest is None else f"{nearest} is not a folder"
-        raise RecipeError(f"out: {out} cannot be written, {why}", source)
-    if not os.access(nearest, os.W_OK):
-        raise RecipeError(f"out: {out} cannot be written, {nearest} is read-only", source)
+    for key, path in {"out": out, **({"work": work / "state"} if work is not None else {})}.items():
+        nearest = next((folder for folder in path.absolute().parents if folder.exists()), None)
+        told = f"{key}: {path if key == 'out' else path.parent} cannot be written"
+        if nearest is None or not nearest.is_dir():
+            why = "there is no such drive" if nearest is None else f"{nearest} is not a folder"
+            raise RecipeError(f"{told}, {why}", source)
+        if not os.access(nearest, os.W_OK):
+            raise RecipeError(f"{told}, {nearest} is read-only", source)
 
 
 def _is_text(path: Path) -> bool:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dmm_core.checkpoint import Checkpoint
+from dmm_core.checkpoint import Checkpoint, NonFinite
 from dmm_core.checkpoint.writer import write_safetensors
 from dmm_core.errors import BadInput
 from dmm_core.recipe import FREE, TrainSpec
@@ -85,8 +85,16 @@ def taught(styles: Sequence[str], teachers: Sequence[Checkpoint]) -> dict[str, l
 
 
 def save(run: Distillation, path: Path) -> None:
-    """Write the state; its tensors come to the CPU one after the other, as the writer asks for them."""
-    write_safetensors(path, *state(run))
+    """Write the state; its tensors come to the CPU one after the other, as the writer asks for them.
+
+    Raises:
+        BadInput: what was learnt is no numbers any more; the state that was saved before stays.
+    """
+    try:
+        write_safetensors(path, *state(run))
+    except NonFinite as error:
+        told = f"the training diverged before step {run.step_count}: {error.key} is NaN or infinite"
+        raise BadInput(told, hint="Begin anew with a lower train.lr.") from error
 
 
 @torch.no_grad()

@@ -28,8 +28,9 @@ def keeping(stages: Sequence[Recipe]) -> list[Recipe]:
 
 
 def asked(recipe: Recipe, sources: Sources) -> int:
-    """How many teachers draw latents: all, or the new ones where old styles are not trained."""
-    return len(sources.teachers) - (sources.old if recipe.train.regularize == 0 else 0)
+    """How many teachers draw latents: all, or the new ones, if there are any, where old styles are not trained."""
+    left_out = sources.old if recipe.train.regularize == 0 and recipe.teachers else 0
+    return len(sources.teachers) - left_out
 
 
 def file_bytes(path: Path) -> int:
@@ -103,4 +104,4 @@ def prompt_count(recipe: Recipe) -> int:
         return len({caption for _, caption in captioned_images(data.path or "")})
     if data.kind == "cache":
         return len(load_cache(data.path or "")[0])
-    return len(read_prompts(data.prompts)) if data.prompts else data.latents_per_teacher
+    return min(len(read_prompts(data.prompts)), data.latents_per_teacher) if data.prompts else data.latents_per_teacher

@@ -17,14 +17,15 @@ from dmm_core.checkpoint.metadata import FEW_STEP, FEW_STEP_HINT
 from dmm_core.conditioning import encode_prompts
 from dmm_core.data import LatentData
 from dmm_core.discriminator import discriminator_of
-from dmm_core.distill import Distillation
-from dmm_core.economy import let_go
-from dmm_core.errors import BadInput, one_line
+from dmm_core.distill import Distillation, require_wide
+from dmm_core.economy import MemoryTooSmall, is_out_of_memory, let_go
+from dmm_core.errors import BadInput, RecipeError, one_line
 from dmm_core.fitting import same_prediction
 from dmm_core.latents import Notify, make_data, silent
 from dmm_core.measure import Bench
 from dmm_core.merge import weighted_average
 from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
+from dmm_core.optim import require_library
 from dmm_core.plan import DTYPES, Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
 from dmm_core.recipe import Recipe, dump_recipe, work_folder
@@ -38,6 +39,7 @@ from dmm_core.stages import (
     clear_work,
     finished,
     stage_recipe,
+    stage_recipes,
     state_file,
     student_file,
     total_steps,
@@ -155,7 +157,8 @@ class Merge:
         A failure, of memory above all, leaves the pictures out: the file is worth more.
         """
         info, entries = self.style_info(), self.distillation.data.pools
-        if len(entries) != len(info) or self.sources.base.vae_config is None:
+        theirs = stage_recipe(self.recipe, self.stage).data.kind != "images"  # which are the user's own, and private
+        if not theirs or len(entries) != len(info) or self.sources.base.vae_config is None:
             return info
         try:
             shown = self.thumbnails()
@@ -189,6 +192,7 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks
     if not resume and unfinished(recipe):
         raise BadInput("an interrupted run lies here", state, "Go on with --resume, or delete it.")
     sources = open_sources(recipe)
+    require_means(recipe, sources)
     teachers = load_teachers(recipe, sources)
     stage, ranks = finished(recipe), ranks or Alone()
     if ranks.rank == 0:
@@ -199,6 +203,22 @@ def prepare(recipe: Recipe, resume: bool = False, notify: Notify = silent, ranks
     if state.exists():
         distillation.load_state(state)
     return Merge(recipe, sources, distillation, ranks=ranks, notify=notify, stage=stage)
+
+
+def require_means(recipe: Recipe, sources: Sources) -> None:
+    """What would only be found missing after the teachers have drawn, which takes long.
+
+    Raises:
+        BadInput: a default style that there is none of, no library for 8-bit moments, or float16 where it cannot be.
+    """
+    for name in recipe.default_style or ():
+        if name not in sources.names:
+            told = f"The styles are: {', '.join(sources.names)}."
+            raise RecipeError(f"default_style: there is no style {name!r}", hint=told)
+    for stage in stage_recipes(recipe):
+        spec = stage.train
+        require_library(spec)
+        require_wide(choose_precision(spec.precision, choose_device(spec.device), spec.weights), spec)
 
 
 def build(
@@ -214,7 +234,16 @@ def build(
     prompts, pools = make_data(stage, sources, teachers, notify, told.append)
     if not ranks.rank:
         ranks.wait()
-    made = ready(stage, sources, LatentData(prompts, pools, stage.data.prompt_drop, stage.data.foreign), teachers)
+    places = stage.train.resident
+    teachers.keep(len(teachers) if places is None else places)
+    data = LatentData(prompts, pools, stage.data.prompt_drop, stage.data.foreign)
+    try:
+        made = ready(stage, sources, data, teachers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "Use train.student: lora, train.weights: bf16 or train.resident: 1; dmm plan finds what fits."
+        raise MemoryTooSmall("the device's memory is too small for a student and its teachers", hint=hint) from error
     made.warnings += told
     if number:
         load_student(made, student_file(recipe, number - 1))
@@ -234,7 +263,7 @@ def ready(recipe: Recipe, sources: Sources, data: LatentData, teachers: Teachers
     teachers = teachers or load_teachers(recipe, sources)
     teachers.embed(data.prompts)
     encoders = build_text_encoders(sources.base, torch.float32).to(teachers.device)
-    context = encode_prompts(encoders, data.prompts).to("cpu")
+    context = encode_prompts(encoders, data.prompts, to=("cpu",))
     del encoders  # their place on the device is the student's
     spec, codebook = recipe.train, sources.earlier.codebook() if sources.earlier else None
     default = recipe.default_style or (codebook.default if codebook and not recipe.teachers else None)

@@ -13,11 +13,20 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dmm_core.errors import RecipeError
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be computed with: neither true nor false, no NaN or infinity, nor too long for a float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -128,21 +137,23 @@ class Reader:
         return cls(**{name: self.read(hints[name], item, prefix + name) for name, item in value.items()})
 
     def _scalar(self, hint: Any, value: Any, key: str) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = is_number(value)
         if hint is bool:
             if isinstance(value, bool):
                 return value
             raise self.fault(key, "true or false", value)
         if hint is int:
-            if number and math.isfinite(value) and value == int(value):
+            if number and value == int(value):
                 return int(value)
             raise self.fault(key, "a whole number", value)
         if hint is float:
-            if number and math.isfinite(value):
+            if number:
                 return float(value)
             raise self.fault(key, "a number", value)
         if hint is Path and isinstance(value, str | Path) and str(value):
-            return self.folder / Path(value).expanduser()
+            with suppress(RuntimeError):  # ~x where nobody is called x: a file's name
+                value = Path(value).expanduser()
+            return self.folder / value
         if hint is str and isinstance(value, str):
             return value
         quotes = "Put it in quotes." if isinstance(value, bool | int | float) else ""

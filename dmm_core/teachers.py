@@ -184,7 +184,7 @@ class Teachers:
             encoders = build_text_encoders(checkpoint, torch.float32)
             key = _fingerprint(encoders)
             if key not in by_encoder:
-                by_encoder[key] = encode_prompts(encoders.to(self.device), prompts).to("cpu", self.dtype)
+                by_encoder[key] = encode_prompts(encoders.to(self.device), prompts, to=("cpu", self.dtype))
             self._embeddings[index] = by_encoder[key]
 
     def embeddings(self, index: int, prompts: Tensor) -> Context:

@@ -194,6 +194,23 @@ def test_how_the_rows_are_cut_changes_nothing_but_rounding(tmp_path, two, more):
     assert furthest(*told) < 1e-4 * max(gradient.abs().max().item() for gradient in told[0].values())
 
 
+@pytest.mark.parametrize("more", [{}, {"student": "lora", "rank": 2}])
+def test_narrow_weights(tmp_path, paths, more):
+    """bfloat16 weights, which a plan takes on small cards: nothing casts their inputs for them there."""
+    run = built(tmp_path / "o.safetensors", paths, weights="bf16", precision="bf16", blockwise=4.0, **more)
+    seen, before = watched(run), {key: value.clone() for key, value in run.student.learned().items()}
+    learned = after(run, 2)
+    assert len(seen) == 2 and furthest(learned, before) > 0
+    assert all(torch.isfinite(value).all() for value in learned.values())
+
+
+def test_channels_last_on_a_cpu(tmp_path, two):
+    """What goes into a layer needs no gradient there, of which torch's own GroupNorm made a crash."""
+    told = [gradients(built(tmp_path / "o.safetensors", two, blockwise=1.0, batch=4, channels_last=last))
+            for last in (False, True)]  # fmt: skip
+    assert furthest(*told) < 1e-4 * max(gradient.abs().max().item() for gradient in told[0].values())
+
+
 def test_teachers_of_another_prediction_type_are_left_out(tmp_path, two):
     """Their layers lead up to v; a student of ε cannot say it."""
     v = tmp_path / "v.safetensors"

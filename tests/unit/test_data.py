@@ -75,6 +75,9 @@ def test_captions_beside_pictures_and_in_a_table(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "no.png", "text": "red"}\n{', encoding="utf-8")
     with pytest.raises(BadInput, match=r"line 1 names no\.png"):
         list(captioned_images(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a b.png", "text": null}\n', encoding="utf-8")
+    with pytest.raises(BadInput, match=r"line 1 has a text that is none"):
+        list(captioned_images(tmp_path))
     (tmp_path / "metadata.jsonl").write_bytes("ö".encode("latin-1"))
     with pytest.raises(BadInput, match="no UTF-8") as told:
         list(captioned_images(tmp_path))

@@ -20,9 +20,11 @@ from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
 from dmm_core.data import LatentData, Pool
 from dmm_core.errors import BadInput
+from dmm_core.latents import prompts_of
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
 from dmm_core.ranks import Alone, Together
 from dmm_core.recipe import recipe_from_dict
+from dmm_core.room import prompt_count
 from dmm_core.run import open_sources, prepare, ready
 from dmm_core.teachers import Teachers
 from tests.unit import tiny
@@ -331,6 +333,76 @@ def test_two_processes_do_what_one_does(tmp_path, teachers, more):
         assert torch.allclose(tensor, students[1][key], atol=2e-4), key
 
 
+def test_processes_meet_wherever_temporary_files_lie(tmp_path, teachers, monkeypatch):
+    folder = tmp_path / "my tmp ü"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers, processes=2, steps=1))
+    assert len(list(merge.steps())) == 1
+
+
+class Idle(Alone):
+    """A third process where two teachers teach."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 2, 3
+
+    def add_gradients(self, parameters):
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_process_without_a_teacher(tmp_path, teachers, precision):
+    """It has no loss to scale, and takes the others' step all the same."""
+    run = built(tmp_path / "o.safetensors", teachers, precision=precision)
+    assert next(run.run(Idle())).step == 1
+
+
+def test_of_many_prompts_only_those_that_are_drawn_are_embedded(tmp_path, teachers):
+    prompts = [f"thing {i}" for i in range(7)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    made = recipe(tmp_path / "o.safetensors", teachers)
+    made = replace(made, data=replace(made.data, prompts=tmp_path / "prompts.txt"))
+    run = prepare(made).distillation
+    drawn = sorted({7919 * i % 7 for i in range(3)})
+    assert run.data.prompts == (*(prompts[i] for i in drawn), "") and len(run.context) == 4
+    assert prompt_count(made) == 3
+    expected = [drawn.index(7919 * i % 7) for i in range(3)]
+    assert [pool.prompt.tolist() for (pool,) in run.data.pools] == [expected] * 2
+    assert prompts_of(3, 2 * 7919).unique().numel() == 3 and prompts_of(5, 3).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_seed_as_long_as_hosts_have(tmp_path, teachers):
+    for seed in (1234567890123456, 2**63 - 1):
+        assert prepare(recipe(tmp_path / f"{seed}.safetensors", teachers, seed=seed)).distillation.data.pools
+    with pytest.raises(BadInput, match=r"train\.seed"):
+        recipe(tmp_path / "o.safetensors", teachers, seed=2**63)
+
+
+def test_a_training_that_diverges_is_told_as_such(tmp_path, teachers):
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers))
+    steps = merge.steps()
+    for _ in range(2):  # the second is asked for when the first is saved
+        next(steps)
+    saved = merge.state_file.read_bytes()
+    with torch.no_grad():
+        merge.distillation.learned[0].fill_(float("nan"))
+    with pytest.raises(BadInput, match=r"the training diverged before step 2: .* lower train\.lr"):
+        next(steps)
+    assert merge.state_file.read_bytes() == saved
+
+
+@pytest.mark.parametrize(("more", "told"), [({"optimizer": "adamw8bit"}, "needs bitsandbytes"),
+                                            ({"fused_backward": True}, "needs bf16 or fp32")])  # fmt: skip
+def test_what_is_missing_is_told_before_teachers_draw(tmp_path, teachers, monkeypatch, more, told):
+    monkeypatch.setattr("dmm_core.optim.has_eight_bit", lambda: False)
+    monkeypatch.setattr("dmm_core.run.choose_precision", lambda *given: "fp16")
+    with pytest.raises(BadInput, match=told):
+        prepare(recipe(tmp_path / "o.safetensors", teachers, precision="auto", **more))
+    assert not list(tmp_path.rglob("latents*"))
+
+
 def test_a_finished_training_is_saved_before_what_follows_it(tmp_path, teachers):
     """Ctrl-C in the evaluation, after the last step, loses no training."""
     made = recipe(tmp_path / "o.safetensors", teachers, save_every=100)
@@ -397,7 +469,7 @@ def test_encoders_are_told_apart_on_the_cpu(teachers, monkeypatch):
 
     asked = []
     monkeypatch.setattr(module, "_fingerprint", lambda encoders: asked.append(next(encoders.parameters()).device.type))
-    monkeypatch.setattr(module, "encode_prompts", lambda encoders, prompts: Context(torch.zeros(1, 1, 1)))
+    monkeypatch.setattr(module, "encode_prompts", lambda encoders, prompts, **more: Context(torch.zeros(1, 1, 1)))
     pool = Teachers([open_checkpoint(path) for path in teachers[:1]])
     pool.device = torch.device("meta")
     pool.embed(["a"])

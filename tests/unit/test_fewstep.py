@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmm_core import preview
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import main
 from dmm_core.commands import distill
@@ -222,6 +223,29 @@ def test_of_a_file_without_its_teachers(tmp_path, slow_student):
     assert after.codebook().default == before.codebook().default == pytest.approx({"teacher 0": 0.8, "teacher 1": 0.2})
     moved = after.codebook().model_embedding.weight - before.codebook().model_embedding.weight
     assert 0 < moved.abs().max() < 0.1
+
+
+def of_itself(folder: Path, student: Path, **more):
+    return recipe_from_dict({"student": str(student), "teachers": [], "out": str(folder / "few.safetensors"),
+                             "data": SMALL, "train": TRAIN | {"few_step": 3.0, "steps": 1} | more})  # fmt: skip
+
+
+def test_its_own_styles_draw_whatever_is_said_of_old_ones(tmp_path, slow_student):
+    merge = prepare(of_itself(tmp_path, slow_student, regularize=0))
+    assert len(merge.distillation.data.pools) == 2 and len(list(merge.steps())) == 1
+
+
+def test_previews_draw_each_as_it_is_drawn(tmp_path, slow_student, monkeypatch):
+    """The student in few steps, with its guidance in it; its teachers in many, with that guidance beside."""
+    seen = []
+
+    def noted(*given, **how):
+        seen.append((how["steps"], how["cfg_scale"], how.get("few_step", False)))
+        return sample_latents(*given, **how)
+
+    monkeypatch.setattr(preview, "sample_latents", noted)
+    preview.Preview(prepare(of_itself(tmp_path, slow_student))).draw([])
+    assert seen == [(8, 3.0, False)] * 2 + [(4, 1.0, True)] * 2
 
 
 def test_the_command_for_a_file(tmp_path, slow_student):

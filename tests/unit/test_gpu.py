@@ -65,7 +65,8 @@ def test_a_recording_is_made_once_a_shape(monkeypatch):
     [{}, {"weights": "bf16"}, {"weights": "bf16", "fused_backward": True}, {"student": "lora"},
      {"micro": 1, "resident": 1}, {"micro": 1, "resident": 0}, {"checkpointing": True}, {"ema": 0.9, "feature": 0.1},
      {"adversarial": 0.01}, {"mixed": 0.3, "adversarial": 0.01}, {"precision": "bf16"}, {"precision": "fp16"},
-     {"blockwise": 1.0},
+     {"blockwise": 1.0}, {"blockwise": 1.0, "weights": "bf16"},
+     {"blockwise": 1.0, "weights": "bf16", "student": "lora"},
      {"mixed": 0.3, "feature": 0.1, "blockwise": 1.0, "resident": 0, "micro": 1}, {"few_step": 3.0}],
 )  # fmt: skip
 def test_training_learns_and_never_waits_for_the_device(tmp_path, paths, more):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import dmm_core.sample
-from dmm_core import child, latents, measure, plan, teachers, trial
+from dmm_core import child, latents, measure, optim, plan, teachers, trial
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.cli import main
 from dmm_core.commands import evaluate
@@ -104,6 +104,16 @@ def test_memory_for_not_one_row_is_one_line(tmp_path, files, monkeypatch, capsys
     assert main(["distill", str(tmp_path / "r.yaml")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "too small to draw even one picture" in line and "data.size" in line and "batch" not in line
+
+
+def test_memory_for_no_student_is_one_line(tmp_path, files, monkeypatch, capsys):
+    """Moments are made before the first step, where nothing can be given up yet; the latents stay."""
+    dump_recipe(recipe(tmp_path / "o.safetensors", files), tmp_path / "r.yaml")
+    monkeypatch.setattr(optim, "adam_state", no_memory)
+    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "too small for a student" in line and "train.student: lora" in line
+    assert (tmp_path / "o.work" / "latents.safetensors").exists()
 
 
 @pytest.mark.parametrize(("resident", "most"), [(None, 2), (2, 2), (1, 1)])

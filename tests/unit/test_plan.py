@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from dmm_core import files, sample, trial
+from dmm_core import plan as plans
+from dmm_core.errors import BadInput
 from dmm_core.plan import open_sources, plan
 from dmm_core.recipe import Recipe, recipe_from_dict
 from dmm_core.room import latent_bytes, prompt_count, saving_bytes
@@ -50,6 +52,26 @@ def test_the_disk_holds_the_old_state_beside_the_new_one(tmp_path, teachers, mon
     list(merge.steps())
     merge.save()
     assert max(most) == pytest.approx(told, rel=0.02)
+
+
+def test_another_disk_for_the_work_needs_room_too(tmp_path, teachers, monkeypatch):
+    """States and latents go to ``work``, which hosts put elsewhere; the result alone to ``out``."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir()
+    work.mkdir()
+    made = recipe_from_dict({"teachers": [str(path) for path in teachers], "out": str(out / "o.safetensors"),
+                             "work": str(work / "o.work"), "data": SMALL, "train": TRAIN})  # fmt: skip
+    disk, size = plan(made).disk_bytes, teachers[0].stat().st_size
+    monkeypatch.setattr(plans, "device_of", lambda folder: folder.name)
+    for full, free, enough in ((work, disk - 1, False), (work, disk, True), (out, size - 1, False), (out, size, True)):
+        room = {full: free}
+        usage = lambda path: SimpleNamespace(free=room.get(Path(path), 2**50))  # noqa: B023, E731
+        monkeypatch.setattr(plans.shutil, "disk_usage", usage)
+        if enough:
+            plan(made)
+        else:
+            with pytest.raises(BadInput, match=rf"{full.name}: needs .* GiB of room"):
+                plan(made)
 
 
 def with_pictures(folder: Path, teachers: list[Path]) -> Recipe:

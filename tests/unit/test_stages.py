@@ -68,6 +68,8 @@ def test_a_recipe_with_stages_reads_back(tmp_path, teachers):
     ("stages", "told"),
     [(["distill"], "Did you mean distil"), ([{"name": "distil", "train": {"steps": 0}}], r"stages\[0\].train.steps"),
      (["distil", {"name": "distil", "train": {"student": "lora"}}], "one train.student"), ("distil", "stages"),
+     (["distil", {"name": "distil", "train": {"channels_last": True}}], "one train.channels_last"),
+     (["distil", {"name": "synthesised", "train": {"steps": float("nan")}}], r"stages\[1\].train.steps"),
      ([{"train": {}}], "name")],
 )  # fmt: skip
 def test_impossible_stages(tmp_path, teachers, stages, told):
@@ -96,6 +98,13 @@ def test_a_stage_starts_from_the_student_before(tmp_path, teachers):
     assert 0 < furthest(end, moved) < 3e-4  # one step at lr 1e-4 away
     assert len(told) == 2 and not (merge.work / "stage-2").exists()  # two teachers drew, once
     assert merge.save().exists() and not merge.work.exists()
+
+
+def test_each_stage_has_its_own_places_for_teachers(tmp_path, teachers):
+    stages = ["distil", {"name": "distil", "train": {"resident": 1}}, "distil"]
+    merge = prepare(recipe(tmp_path / "o.safetensors", teachers, stages, steps=1))
+    places = [merge.distillation.teachers.resident for _ in merge.steps()]
+    assert places == [2, 1, 2]
 
 
 def test_data_of_its_own_is_made_when_its_turn_comes(tmp_path, teachers, pictures):

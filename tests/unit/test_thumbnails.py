@@ -95,3 +95,20 @@ def test_a_merge_puts_them_into_its_file(tmp_path):
     assert not any("thumbnail" in entry for entry in merge.style_info()), "the report shows whole pictures"
     merge.distillation.data.pools = [(Pool(torch.zeros(1, 4, 8, 8), torch.zeros(1)),)]  # pictures of no teacher's
     assert not any("thumbnail" in entry for entry in merge.shown_styles())
+
+
+def test_the_users_own_pictures_are_not_shown(tmp_path):
+    """One teacher has one pool of latents; so have pictures, which a file must not give away."""
+    tiny.write_tiny(tmp_path / "teacher.safetensors")
+    folder = tmp_path / "private"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(folder / "a.png")
+    (folder / "a.txt").write_text("me", encoding="utf-8")
+    merge = prepare(
+        recipe_from_dict({
+            "teachers": [str(tmp_path / "teacher.safetensors")], "out": str(tmp_path / "out.safetensors"),
+            "data": {"kind": "images", "path": str(folder), "size": 64},
+            "train": {"steps": 1, "batch": 1, "precision": "fp32", "device": "cpu"},
+        })
+    )  # fmt: skip
+    assert not any("thumbnail" in entry for entry in open_checkpoint(merge.save()).style_info)
