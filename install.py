@@ -18,10 +18,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,21 @@ def venv_python(venv: Path = VENV) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
+def write_launcher(venv: Path) -> None:
+    """``dmm`` beside the environment's Python, to be called from any folder; nothing is installed for it."""
+    if os.name == "nt":  # by its own place: cmd reads such files in the console's encoding, not in UTF-8
+        lines = ["@echo off", "setlocal", "set PYTHONHOME=", 'set "PYTHONPATH=%~dp0..\\.."', "set PYTHONUTF8=1",
+                 '"%~dp0python.exe" -m dmm_core %*']  # fmt: skip
+        file, text = venv_python(venv).with_name("dmm.cmd"), "\r\n".join([*lines, ""])
+    else:  # no script of Python's: its first line could not name a Python in a folder with spaces
+        python, root = (shlex.quote(str(path)) for path in (venv_python(venv), ROOT))
+        lines = ["#!/bin/sh", "unset PYTHONHOME", f"export PYTHONPATH={root} PYTHONUTF8=1"]
+        file, text = venv_python(venv).with_name("dmm"), "\n".join([*lines, f'exec {python} -m dmm_core "$@"', ""])
+    if not file.exists() or file.read_bytes() != os.fsencode(text):
+        file.write_bytes(os.fsencode(text))
+        file.chmod(0o755)
+
+
 def fingerprint(torch: str | None, place: Path = VENV) -> str:
     """Changes whenever the environment must be made anew: other requirements, versions, Python, place or torch."""
     about = constraints(torch), sys.version, sys.prefix, str(place), str(torch)
@@ -178,11 +195,13 @@ def write_limits(place: Path, torch: str | None) -> Path:
 
 
 def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
-    """Bring the environment to hold these extras; returns its Python. Does nothing where it holds them already."""
+    """Bring the environment to hold these extras and ``dmm``; returns its Python. What it has already is kept."""
     torch = host_torch()
     wanted = fingerprint(torch, venv)
     have = installed(wanted, venv)
     if have.issuperset(extras):
+        with suppress(OSError):  # environments of earlier versions lack it, and a shared one may be read-only
+            write_launcher(venv)
         return venv_python(venv)
     if not have:
         make_venv(torch, venv)
@@ -191,6 +210,7 @@ def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
     say(f"installing {', '.join(extras)} requirements ({note})")
     if run(pip(venv_python(venv), write_limits(venv, torch), *requirements(extras, torch))):
         raise SetupError(FAILED, 1)
+    write_launcher(venv)
     (venv / STAMP).write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
     return venv_python(venv)
 

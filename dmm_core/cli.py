@@ -22,18 +22,26 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 from dmm_core import __version__
 from dmm_core.errors import BadInput
-from dmm_core.progress import Progress
+from dmm_core.progress import Progress, Quiet, hush
 
 COMMANDS = ("demo", "inspect", "plan", "distill", "extend", "merge", "mix", "generate", "evaluate", "ui")
 INSTALLABLE = {"PIL": "pillow", "yaml": "pyyaml"} | {  # import name → what pip calls it
     name: name for name in ("torch", "safetensors", "diffusers", "transformers", "numpy", "tqdm", "scipy")
 }
-OUT_OF_OUR_HANDS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG)
+OUT_OF_OUR_HANDS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.EINVAL,
+)  # fmt: skip
+OURS = [Path(__file__).parents[1] / name for name in ("dmm_core", "a1111_extension", "comfyui_dmm", "mini_family")]
 STOPPED = 130
+
+
+class Unread(Exception):
+    """The reader of our output went away, as ``| head`` does."""
 
 
 class Reporter:
@@ -41,11 +49,12 @@ class Reporter:
 
     def __init__(self, json: bool = False, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.json = json
-        self.stdout, self.stderr = out or sys.stdout, err or sys.stderr
+        self.stdout = out or sys.stdout
+        self.stderr = cast(TextIO, Quiet(err or sys.stderr))
 
     def out(self, text: str = "") -> None:
         if not self.json:
-            print(text, file=self.stdout, flush=True)
+            answer(text, self.stdout)
 
     def note(self, text: str) -> None:
         print(text, file=self.stderr, flush=True)
@@ -89,9 +98,17 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 2 (bad input: one line on stderr), 1 (our fault: a traceback) or 130 (stopped)."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: spinning threads starve a busy machine
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: the next file opened would get its number, and its text
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # a Windows console may lack letters; a lost letter beats a lost run
             stream.reconfigure(errors="replace")
+    with contextlib.redirect_stderr(cast(TextIO, Quiet(sys.stderr))):
+        return _answered(arguments)
+
+
+def _answered(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.command is None:
@@ -104,18 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         how = " ".join(str(part) for part in stop.args)
         return _fail(f"stopped. {how}" if how else "stopped", STOPPED)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name in INSTALLABLE:
             return _fail(f"{sys.executable}: this command needs {name}. Run: pip install {INSTALLABLE[name]}")
         traceback.print_exc()
         return 1
+    except Unread:
+        return 0
     except OSError as error:
-        if error.errno in OUT_OF_OUR_HANDS and error.filename is not None:
-            return _fail(f"{error.filename}: {error.strerror}. Choose another place, or change its rights.")
+        if (place := _place(error)) is not None:
+            return _fail(f"{place}: {error.strerror}. Choose another place, or change its rights.")
         if error.errno == errno.ENOSPC:
             return _fail("the disk is full. Make room, or choose another place with --out.")
         traceback.print_exc()
@@ -132,8 +148,32 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print
         result = args.run(args, report)
-    print(json.dumps(jsonable(result)), file=report.stdout, flush=True)
+    answer(json.dumps(jsonable(result)), report.stdout)
     return 0
+
+
+def answer(text: str, stream: TextIO) -> None:
+    """Print a line of our output. Raises Unread where nobody takes it; a pipe of other work that breaks is an error."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            raise
+        hush(stream)
+        raise Unread from None
+
+
+def _place(error: OSError) -> str | None:
+    """The file or folder that the user chose and cannot be used; None where the fault is ours.
+
+    Of a file that is renamed in the end it is the place where it should have gone.
+    """
+    named = error.filename2 if error.filename2 is not None else error.filename
+    if not isinstance(named, str | bytes | os.PathLike):
+        return None
+    place = Path(os.fsdecode(named))
+    missing = error.errno == errno.ENOENT and not any(folder in place.absolute().parents for folder in OURS)
+    return str(place) if missing or error.errno in OUT_OF_OUR_HANDS else None
 
 
 def _fail(line: str, code: int = 2) -> int:

@@ -216,18 +216,18 @@ def score_gap(student_mse: Mapping[str, float], average_mse: Mapping[str, float]
 
     Both are mean squared errors against teacher i's prediction on held-out (x_t, t, prompt): of the student in style
     i, and of the plain average of the teachers' weights. 1 = predicts what the teacher does, 0 = no better than the
-    average, below 0 = worse. The average itself scores 0.
+    average, below 0 = worse. The average itself scores 0. Styles whose teacher is the average, as the only one of the
+    student's kind of prediction is, have none and are left out; where all are, the mean is None.
 
     Raises:
-        BadInput: different styles in the two, or a weight average without error (identical teachers).
+        BadInput: different styles in the two.
     """
     if set(student_mse) != set(average_mse) or not student_mse:
         raise BadInput(f"score gap of styles {sorted(student_mse)} against those of {sorted(average_mse)}")
-    flat = [name for name, mse in average_mse.items() if not mse > 0]
-    if flat:
-        raise BadInput(f"the weight average has no error against {flat[0]!r}: the teachers are the same model")
-    per_style = {name: 1 - float(mse) / float(average_mse[name]) for name, mse in student_mse.items()}
-    return {"mean": float(np.mean(list(per_style.values()))), "per_style": per_style}
+    per_style = {
+        name: 1 - float(mse) / float(average_mse[name]) for name, mse in student_mse.items() if average_mse[name] != 0
+    }
+    return {"mean": float(np.mean(list(per_style.values()))) if per_style else None, "per_style": per_style}
 
 
 def to_report(

@@ -37,7 +37,8 @@ def present(out: Path, measured: Measured, gallery: Bench, file: Path, before: B
         pictures = mix_pictures(gallery, [pair], row, TENTHS)[0]
         strips.append(MixStrip(labels[row], *pair, pictures, average_of_pair(gallery, pair, row)))
     report = measured.report | {"file": file.name}
-    return write_report(out, report, Grids(styles, strips, TENTHS), title=str(report.get("title", file.stem)))
+    grids = Grids(styles, strips, TENTHS, gallery.prompts[0], file.absolute())
+    return write_report(out, report, grids, title=str(report.get("title", file.stem)))
 
 
 def average_of_pair(bench: Bench, pair: tuple[str, str], row: int) -> np.ndarray:

@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
+
+
+class Quiet:
+    """A stream that may lose its reader, as ``| tee log`` does at Ctrl-C: silent from then on, and the work goes on.
+
+    None, which is what Python has for a closed stream, is silent from the start.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _try(self, what: str, *arguments: Any) -> None:
+        if self._stream is None:
+            return
+        try:
+            getattr(self._stream, what)(*arguments)
+        except OSError:
+            hush(self._stream)
+            self._stream = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def hush(stream: Any) -> None:
+    """Send a broken stream's rest nowhere: else Python fails to flush it at the end, and the exit code is lost."""
+    with suppress(OSError, ValueError, AttributeError):
+        number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 class Progress:
@@ -19,7 +61,7 @@ class Progress:
 
     def __init__(self, total: int | None, label: str, stream: TextIO | None = None, every: float = 10.0) -> None:
         self.total, self.label, self.every = total or None, label, every
-        self.stream = stream if stream is not None else sys.stderr
+        self.stream: Any = Quiet(stream if stream is not None else sys.stderr)
         self.done = 0
         self.figures: dict[str, Any] = {}
         self.began = self.told = time.monotonic()

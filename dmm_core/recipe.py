@@ -152,7 +152,9 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """What to measure after training; no picture a style is no evaluation."""
+    """What an evaluation asks for. Nothing is measured by a merge itself, so that ``images_per_style`` stays 0;
+    ``dmm extend --report`` takes the prompts.
+    """
 
     images_per_style: CountOrNone = 0
     prompts: Path | None = None

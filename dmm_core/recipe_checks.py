@@ -27,6 +27,8 @@ def check_values(recipe: Recipe, source: str | Path) -> None:
     _check_data(recipe.data, demand)
     _check_course(recipe, demand)
     _check_economies(recipe.train, demand)
+    told = f"evaluate.images_per_style: expected 0, got {recipe.evaluate.images_per_style}"
+    demand(not recipe.evaluate.images_per_style, told, "A merge is measured afterwards, by dmm evaluate.")
     out = recipe.out
     demand(out.suffix.lower() == ".safetensors", f"out: expected a name that ends in .safetensors, got {out.name!r}")
 

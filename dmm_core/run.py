@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from dmm_core.models import Pipeline, build_text_encoders, build_unet, build_vae
 from dmm_core.optim import require_library
 from dmm_core.plan import DTYPES, Sources, choose_device, choose_precision, open_sources
 from dmm_core.ranks import Alone, companions
-from dmm_core.recipe import Recipe, dump_recipe, work_folder
+from dmm_core.recipe import Recipe, dump_recipe, load_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.result import StepResult
 from dmm_core.resume import check_student, load_student, save_student
@@ -141,9 +141,17 @@ class Merge:
             extra_metadata={FEW_STEP: f"{scale:g}", "modelspec.usage_hint": FEW_STEP_HINT}
             if (scale := self.distillation.spec.few_step) else None,
         )  # fmt: skip
-        dump_recipe(recipe, out.with_name(out.stem + ".recipe.yaml"))
+        self.keep_recipe(out.with_name(out.stem + ".recipe.yaml"))
         clear_work(self.work)
         return out
+
+    def keep_recipe(self, path: Path) -> None:
+        """Write the recipe, unless it says the same there already: in the user's words, perhaps, and with comments."""
+        if path.exists():
+            with suppress(RecipeError):
+                if load_recipe(path, check_files=False) == self.recipe:
+                    return
+        dump_recipe(self.recipe, path)
 
     def style_info(self) -> list[dict[str, str]]:
         """Name, teacher file and its hash for every style, as the DMM file's metadata has them."""

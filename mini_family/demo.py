@@ -9,6 +9,7 @@ from typing import Any
 from dmm_core.presets import DATA, TRAIN
 from mini_family.names import caption, invented, subjects
 
+TITLE = "mini family"  # of the recipe, by which the demo knows its own
 CFG_SCALE = 2.0
 SAMPLER_STEPS = 12
 SHOWN = ("cat face", "crown", "umbrella", "red apple", "guitar", "house", "skull", "trophy", "panda", "rocket")
@@ -23,7 +24,7 @@ def recipe_of(folder: Path, teachers: list[Path], base: Path, prompts: Path, ste
     """The demo's recipe as plain data: average start, all of the paper's losses, latents drawn by the teachers."""
     latents = max(1, min(1000, steps // 2))  # of fewer, a long training learns these pictures by heart
     return {
-        "title": "mini family",
+        "title": TITLE,
         "base": str(base),
         "teachers": [{"path": str(path), "name": path.stem} for path in teachers],
         "out": str(folder / "mini-dmm.safetensors"),

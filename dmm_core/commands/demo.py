@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dmm_core.errors import BadInput, RecipeError
+from dmm_core.shell import command
+
 HELP = "merge the shipped mini teachers here and now, and look at the result"
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     out = Path(args.out).absolute()
     recipe = recipe_of(out, args, report)
     report.note(f"teachers: {', '.join(teacher.name for teacher in recipe.teachers)} (in {out / 'teachers'})")
-    merge = train(recipe, args.resume, report, again=f"dmm demo --out {args.out} --resume")
+    merge = train(recipe, args.resume, report, again=command("demo", "--out", out, "--resume"))
     merge.distillation.use_average()
     bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE, Notifier(report))
     measured = measure(
@@ -60,10 +63,11 @@ def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
     from mini_family import demo, family
 
     kept = out / "mini-dmm.recipe.yaml"  # where a merge leaves it
+    must_be_the_demos(kept, out)
     if args.resume and kept.exists():
         return load_recipe(kept)
     base, *teachers = family.unpack(out / "teachers")
-    prompts = out / "prompts.txt"
+    prompts = out / "mini-dmm.prompts.txt"  # a name that no file of the user's has
     prompts.write_text("\n".join(demo.training_prompts()) + "\n", encoding="utf-8")
 
     def recipe_with(steps: int) -> Any:
@@ -77,3 +81,21 @@ def recipe_of(out: Path, args: argparse.Namespace, report: Any) -> Any:
         report.note(f"takes {recipe.train.steps} steps, as many as fit into some minutes here (--steps says otherwise)")
     dump_recipe(recipe, kept)
     return recipe
+
+
+def must_be_the_demos(kept: Path, out: Path) -> None:
+    """Raises BadInput for a recipe that somebody else wrote: the demo would write its own in that place."""
+    from dmm_core.recipe import load_recipe
+    from mini_family import demo
+
+    if not kept.exists():
+        return
+    try:
+        recipe = load_recipe(kept, check_files=False)
+        own = recipe.title == demo.TITLE and Path(recipe.out).resolve() == (out / "mini-dmm.safetensors").resolve()
+    except RecipeError:
+        own = False
+    if not own:
+        raise BadInput(
+            "is not a recipe of this folder's demo", kept, "Move it away, or give another folder: --out DIR."
+        )

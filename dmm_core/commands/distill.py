@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmm_core.errors import BadInput
+from dmm_core.shell import command
 
 HELP = "merge checkpoints into one DMM file"
 
@@ -65,7 +66,8 @@ def run_launched(recipe_of: Callable[[], Any], args: argparse.Namespace, report:
 
 def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: str, ranks: Any) -> dict:
     if Path(recipe.out).exists() and not args.force:
-        raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
+        other = "another name with --out" if args.out else "change out in the recipe"
+        raise BadInput("is there already", recipe.out, f"Give --force to overwrite it, or {other}.")
     merge = train(recipe, args.resume, report, again, ranks)
     merge.distillation.use_average()
     path = merge.save() if ranks.rank == 0 else Path(recipe.out)
@@ -85,7 +87,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
     from dmm_core.presets import DEFAULT
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
-    chosen = [name for name in ("teacher", "few_step", "preset") if getattr(args, name)]
+    options = ("teacher", "few_step", "preset", "base", "out", "prompts", "steps")
+    chosen = [name for name in options if getattr(args, name) is not None]
     if args.recipe and chosen:
         raise BadInput(f"give a recipe or --{chosen[0].replace('_', '-')}, not both")
     if args.recipe:
@@ -99,7 +102,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     preset = args.preset or (DEFAULT if args.teacher else None)
     data |= {"preset": preset} if preset else {}
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
-    data |= {"train": {"steps": args.steps}} if args.steps else {}
+    data |= {"train": {"steps": args.steps}} if args.steps is not None else {}
     if args.few_step:
         data |= {"student": args.few_step, "train": {**data.get("train", {}), "few_step": args.guidance}}
         data["data"] = {"cfg_scale": args.guidance, **data.get("data", {})}
@@ -107,7 +110,9 @@ def recipe_of(args: argparse.Namespace) -> Any:
 
 
 def command_again(args: argparse.Namespace) -> str:
-    return f"dmm distill {args.recipe} --resume" if args.recipe else "the same command with --resume"
+    if not args.recipe:
+        return "the same command with --resume"
+    return command("distill", Path(args.recipe).absolute(), "--resume")
 
 
 class Every:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,25 +48,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
-    return measure_beside(args, opened_teachers(args), report)
+    check(args)
+    return measure_beside(args, opened_teachers(args, report), report)
 
 
-def opened_teachers(args: argparse.Namespace) -> list:
-    """The teachers that ``--teacher`` names: checkpoints, or LoRA files on ``--base``."""
+def check(args: argparse.Namespace) -> None:
+    """Raises BadInput for what is better told before anything is loaded and drawn."""
+    from dmm_core.features import Extractor
+
+    for option, least in (("images", 4), ("steps", 1), ("few_steps", 1)):
+        if (given := getattr(args, option)) < least:
+            raise BadInput(f"--{option.replace('_', '-')} {given}: expected at least {least}")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        raise BadInput(f"--cfg {args.cfg}: expected a number")
+    Extractor.find()
+
+
+def made(folder: Path) -> Path:
+    """The folder, made if it is missing. Raises BadInput or OSError where nothing can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise BadInput("cannot be written", folder, "Choose another place, or change its rights.")
+    return folder
+
+
+def opened_teachers(args: argparse.Namespace, report: Any = None) -> list:
+    """The teachers that ``--teacher`` names, in the file's order: checkpoints, or LoRA files on ``--base``."""
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.commands.merge import file_and_strength
     from dmm_core.plan import open_teacher
     from dmm_core.recipe import TeacherSpec
 
     base = open_checkpoint(args.base) if args.base else None
-    trained = strengths(open_checkpoint(args.file).metadata.get("dmm.recipe", ""))
+    file = open_checkpoint(args.file)
+    trained = strengths(file.metadata.get("dmm.recipe", ""))
+    entries = file.style_info
+    if args.before and len(args.teacher) < len(entries):  # the new ones alone, whose styles are the last
+        entries = entries[-len(args.teacher) :]
     opened = []
-    for given in map(file_and_strength, args.teacher):
+    for given in in_order([file_and_strength(text) for text in args.teacher], entries, report):
         path = Path(given["path"])
         opened.append(
             open_teacher(TeacherSpec(path, strength=given.get("strength", trained.get(path.name, 1.0))), base)
         )
     return opened
+
+
+def in_order(
+    given: list[dict[str, Any]], entries: Sequence[dict[str, Any]], report: Any = None
+) -> list[dict[str, Any]]:
+    """Teachers' files in the order of the styles that ``entries`` of a DMM file tell of, as far as names can say.
+
+    A wrong order would measure each style against another's teacher, and nothing in the figures would show it. Files
+    that were renamed since are left where they are, with a note.
+    """
+    names = [Path(teacher["path"]).name for teacher in given]
+    noted = [Path(str(entry.get("teacher") or "")).name for entry in entries]
+    say = report.note if report else lambda text: None
+    if len(names) != len(noted):  # which is refused later, by one who can tell what the file has
+        return given
+    if names != noted and Counter(names) == Counter(noted) and len({*names}) == len(names):
+        say(f"note: teachers put in the file's order: {', '.join(noted)}")
+        return [given[names.index(name)] for name in noted]
+    for name, entry, known in zip(names, entries, noted, strict=True):
+        if known and name != known:
+            say(f"note: {name} is not the file that style {entry['name']} was learned from ({known})")
+    return given
 
 
 def strengths(recipe: str) -> dict[str, float]:
@@ -82,24 +133,22 @@ def measure_beside(args: argparse.Namespace, teachers: list, report: Any) -> dic
     from dmm_core.present import SUBJECTS, present
 
     began = time.monotonic()
-    if args.images < 4:
-        raise BadInput(f"--images {args.images}: expected at least 4")
     bench = bench_of(args, teachers, Notifier(report))
     pairs = pairs_of(args.mix or [], bench.names)
     before = earlier_bench(bench, args.before) if args.before else None
-    networks = appeal.find(bench.student.device)
+    networks, out = appeal.find(bench.student.device), made(Path(args.out))
     bench.expected += expected(bench, pairs) + len(bench.prompts) * bool(networks)
     compared = draw_compared(bench)
     mixing = [mixing_table(bench, compared, pair) for pair in pairs]
     told = [{k: v for k, v in entry.items() if k != "thumbnail"} for entry in open_checkpoint(args.file).style_info]
     about = {"title": bench.student.path.stem, "mixing": mixing, "merged": told}
     measured = measure(bench, began, compared=compared, before=before, networks=networks, **about)
+    for line in headline(measured.report):  # before the gallery is drawn: whatever becomes of it, they are known
+        report.out(line)
     few = list(dict.fromkeys(bench.prompts))[:SUBJECTS]
     gallery = replace(bench, prompts=few, what="draws pictures to show", expected=0, others={})
     small = replace(before, prompts=few, others={}) if before else None
-    paths = present(Path(args.out), measured, gallery, bench.student.path, small)
-    for line in headline(measured.report):
-        report.out(line)
+    paths = present(out, measured, gallery, bench.student.path, small)
     report.out(f"written: {', '.join(str(path) for path in paths)}")
     return measured.report
 

@@ -34,8 +34,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Any) -> dict:
     from dmm_core.commands.distill import run_launched
 
-    made = run_launched(lambda: recipe_of(args), args, report, "the same command with --resume")
+    made = run_launched(lambda: checked(args), args, report, "the same command with --resume")
     return made | {"report": show(args, recipe_of(args), report)} if args.report else made
+
+
+def checked(args: argparse.Namespace) -> Any:
+    """The recipe, once what ``--report`` needs is there too: training takes hours, and its report comes after."""
+    recipe = recipe_of(args)
+    if not args.report:
+        return recipe
+    from dmm_core.checkpoint import open_checkpoint
+    from dmm_core.commands import evaluate
+    from dmm_core.data import read_prompts
+    from dmm_core.fitting import must_fit
+
+    if args.sampler_steps < 1:
+        raise BadInput(f"--sampler-steps {args.sampler_steps}: expected at least 1")
+    measuring = measurement(args, recipe)
+    evaluate.check(measuring)
+    earlier = open_checkpoint(recipe.student)
+    for path in args.old_teacher or ():
+        must_fit(earlier, open_checkpoint(path))
+    if args.old_teacher and earlier.dmm and len(args.old_teacher) != len(earlier.styles):
+        styles = f"{len(earlier.styles)} styles ({', '.join(earlier.styles)})"
+        raise BadInput(f"has {styles}, got {len(args.old_teacher)} old teachers", earlier.path)
+    if measuring.prompts:
+        read_prompts(measuring.prompts)
+    evaluate.made(Path(args.report))
+    return recipe
 
 
 def recipe_of(args: argparse.Namespace) -> Any:
@@ -45,7 +71,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
 
     if Path(args.student).suffix.lower() in (".yaml", ".yml", ".json"):
         for key in ("teacher", "out", "preset", "base", "prompts", "steps"):
-            if getattr(args, key):
+            if getattr(args, key) is not None:
                 raise BadInput(f"give a recipe or --{key}, not both", args.student)
         recipe = load_recipe(args.student)
         if recipe.student is None:
@@ -57,7 +83,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     data |= {"base": args.base} if args.base else {}
     data["preset"] = args.preset or DEFAULT
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
-    data |= {"train": {"steps": args.steps}} if args.steps else {}
+    data |= {"train": {"steps": args.steps}} if args.steps is not None else {}
     return recipe_from_dict(data, source="command line")
 
 
@@ -68,17 +94,28 @@ def show(args: argparse.Namespace, recipe: Any, report: Any) -> dict:
     from dmm_core.plan import open_sources
 
     sources = open_sources(recipe, check_values=False)
-    old = [open_checkpoint(path) for path in args.old_teacher or ()] or list(sources.teachers[: sources.old])
-    prompts = args.test_prompts or recipe.evaluate.prompts
-    line = [str(recipe.out), "--before", str(recipe.student), "--images", str(args.images)]
-    line += ["--steps", str(args.sampler_steps), "--out", args.report]
-    line += ["--device", recipe.train.device, *(["--prompts", str(prompts)] if prompts else []), "--teacher", ""]
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    measured = evaluate.measure_beside(parser.parse_args(line), [*old, *sources.teachers[sources.old :]], report)
+    own = [{"path": path} for path in args.old_teacher or ()]
+    if own and sources.earlier:
+        own = evaluate.in_order(own, sources.earlier.style_info, report)
+    old = [open_checkpoint(teacher["path"]) for teacher in own] or list(sources.teachers[: sources.old])
+    teachers = [*old, *sources.teachers[sources.old :]]
+    measured = evaluate.measure_beside(measurement(args, recipe), teachers, report)
     for row in measured["per_style"]:
         report.out(
             f"{row['style']}: distance {row['before']:.3g} before, {row['student']:.3g} now, "
             f"{row['reference']:.3g} is its teacher's own"
         )
     return measured
+
+
+def measurement(args: argparse.Namespace, recipe: Any) -> argparse.Namespace:
+    """What ``dmm evaluate`` is told for ``--report``."""
+    from dmm_core.commands import evaluate
+
+    prompts = args.test_prompts or recipe.evaluate.prompts
+    line = [str(recipe.out), "--before", str(recipe.student), "--images", str(args.images)]
+    line += ["--steps", str(args.sampler_steps), "--out", args.report]
+    line += ["--device", recipe.train.device, *(["--prompts", str(prompts)] if prompts else []), "--teacher", ""]
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(line)

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Any) -> dict:
     recipe = recipe_of(args)
     if recipe.out.exists() and not args.force:
-        raise BadInput("is there already", recipe.out, "Give --force to overwrite it, or another name with --out.")
+        other = "another name with --out" if args.out else "change out in the recipe"
+        raise BadInput("is there already", recipe.out, f"Give --force to overwrite it, or {other}.")
     from dmm_core.merge_files import Merger
 
     began = time.monotonic()

@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-normalize", action="store_true", help="take the weights as they are, whatever they sum to"
     )
+    parser.add_argument("--force", action="store_true", help="overwrite whatever file is there")
 
 
 def run(args: argparse.Namespace, report: Reporter) -> dict[str, Any]:
     from dmm_core.checkpoint import open_checkpoint
     from dmm_core.export import export
 
-    out, mix = _output(args.out, args.file), parse_mix(args.style) or {}
+    out, mix = _output(args), parse_mix(args.style) or {}
     name = args.name or out.stem
     used = export(open_checkpoint(args.file), mix, out, name, bake=args.bake, normalize=not args.no_normalize)
     kind = "checkpoint" if args.bake else "style"
@@ -47,12 +48,24 @@ def run(args: argparse.Namespace, report: Reporter) -> dict[str, Any]:
     }
 
 
-def _output(out: str, source: str) -> Path:
-    path = Path(out)
+def _output(args: argparse.Namespace) -> Path:
+    """Where it is written. A style file may take another one's place; nobody's LoRA or checkpoint is lost."""
+    path, source = Path(args.out), args.file
     if path.suffix.lower() != ".safetensors":
         raise BadInput("the output's name must end in .safetensors", path)
     if path.is_dir():
         raise BadInput("is a folder", path, "Give a file's name.")
     if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
         raise BadInput("is the input too, and would be lost", path, "Choose another name.")
+    if args.force or not path.exists():
+        return path
+    told = BadInput("is there already", path, "Give --force to overwrite it, or another name with --out.")
+    if args.bake:
+        raise told
+    from dmm_core.outputs import require_style_file
+
+    try:
+        require_style_file(path)
+    except BadInput:
+        raise told from None
     return path

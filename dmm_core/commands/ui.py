@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, report: Any) -> dict:
 
 
 def require(args: argparse.Namespace) -> None:
-    """Raises BadInput: no gradio, no such folder, or a port that is taken."""
+    """Raises BadInput: no gradio, no such folder, another machine's address, or a port that is taken."""
     if importlib.util.find_spec("gradio") is None:
         raise BadInput(
             "the page needs gradio", sys.executable, "Run: pip install gradio (the extra ui of this project)"
@@ -53,15 +53,13 @@ def require(args: argparse.Namespace) -> None:
     models = Path(args.models)
     if models.exists() and not models.is_dir():
         raise BadInput("is no folder", models, "Give --models a folder.")
-    if args.port is None:
-        return
-    if not 1 <= args.port <= 65535:
+    if args.port is not None and not 1 <= args.port <= 65535:
         raise BadInput(f"--port {args.port}: expected 1 to 65535")
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((args.listen, args.port))
-    except OSError as error:
-        raise BadInput(
-            f"{args.listen}:{args.port} cannot be used ({error.strerror})", hint="Try another --port."
-        ) from None
+            probe.bind((args.listen, args.port or 0))  # 0: any free one, to try the address alone
+    except (OSError, UnicodeError) as error:  # a name that cannot be one at all is no OSError
+        place, other = (args.listen, "--listen") if args.port is None else (f"{args.listen}:{args.port}", "--port")
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{place} cannot be used ({why})", hint=f"Try another {other}.") from None

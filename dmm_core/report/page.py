@@ -21,6 +21,7 @@ from dmm_core.report.tables import (
     style_numbers,
     styles_table,
 )
+from dmm_core.shell import command
 
 CSS = Path(__file__).parents[1] / "assets" / "report.css"
 
@@ -217,32 +218,26 @@ def _made(report: Mapping[str, Any]) -> str:
 
 
 def _use(report: Mapping[str, Any], grids: Grids) -> str:
-    file = Path(str(report.get("file") or "student.safetensors")).name
-    styles = list(report["styles"])
-    quoted = f'"{file}"' if " " in file else file
-    mix = " ".join(f"--style {_shell(name)}={w}" for name, w in zip(styles[:2], ("0.7", "0.3"), strict=False))
+    name = Path(str(report.get("file") or "student.safetensors")).name
+    file, styles = grids.file or name, list(report["styles"])
+    mix = ["--style", *(f"{style}={w}" for style, w in zip(styles[:2], ("0.7", "0.3"), strict=False))]
     steps = (
-        f"<b>ComfyUI:</b> put <code>{e(file)}</code> into <code>models/checkpoints</code> and load it with the nodes "
+        f"<b>ComfyUI:</b> put <code>{e(name)}</code> into <code>models/checkpoints</code> and load it with the nodes "
         "of the category DMM: Load DMM, Style Mix, Apply Style.",
         "<b>A1111, Forge, reForge:</b> put it into <code>models/Stable-diffusion</code> and open the DMM panel.",
         "<b>Anything else</b> loads it as an ordinary checkpoint and shows its default style.",
     )
     items = "".join(f"<li>{step}</li>" for step in steps)
-    prompt = grids.styles.subjects[0] if grids.styles is not None else "a photo of a cat"
-    commands = (
-        f'dmm generate {quoted} --prompt "{prompt}" --style {_shell(styles[0])}=1\n'
-        f"dmm mix {quoted} {mix} --out style.safetensors\n"
-        f"dmm mix {quoted} {mix} --out checkpoint.safetensors --bake"
-    )
+    commands = "\n".join((
+        command("generate", file, "--prompt", grids.prompt or "a photo of a cat", "--style", f"{styles[0]}=1"),
+        command("mix", file, *mix, "--out", "style.safetensors"),
+        command("mix", file, *mix, "--out", "checkpoint.safetensors", "--bake"),
+    ))  # fmt: skip
     text = "The second makes a small style file for stock LoRA loaders (strength 1), the third an ordinary checkpoint."
     return (
         f"<section><h2>Using the file</h2><ul>{items}</ul>"
         f'<pre><code>{e(commands)}</code></pre><p class="note">{text}</p></section>'
     )
-
-
-def _shell(name: str) -> str:
-    return f'"{name}"' if " " in name else name
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,13 @@ class MixStrip:
 
 @dataclass(frozen=True, eq=False)
 class Grids:
-    """The pictures of a report; each part may be missing."""
+    """The pictures of a report, and what the commands beside them name; each part may be missing."""
 
     styles: StyleGrid | None = None
     mixes: Sequence[MixStrip] = ()
     weights: Sequence[float] = field(default=TENTHS)  # of the second style
+    prompt: str | None = None  # in full, of the first subject
+    file: Path | None = None  # the DMM file, where it lies
 
 
 def draw_styles(grid: StyleGrid) -> Image.Image:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +88,11 @@ def test_without_json_people_are_answered(command, capsys):
         ),
         (PermissionError(13, "Permission denied", "/x/out"), 2, "dmm: /x/out: Permission denied"),
         (OSError(28, "No space left on device"), 2, "dmm: the disk is full"),
+        *(
+            (OSError(number, os.strerror(number), "/x/out"), 2, "dmm: /x/out: " + os.strerror(number))
+            for number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+        ),
+        (IsADirectoryError(21, "Is a directory", "/x/.a.tmp", None, "/x/a.png"), 2, "dmm: /x/a.png: Is a directory"),
         (ModuleNotFoundError("no", name="PIL.Image"), 2, "pip install pillow"),
     ],
 )
@@ -96,7 +104,14 @@ def test_what_is_not_our_fault_is_one_line(command, capsys, error, code, line):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), ModuleNotFoundError("x", name="dmm_core.gone"), OSError(5, "io")]
+    "error",
+    [
+        RuntimeError("boom"),
+        ModuleNotFoundError("x", name="dmm_core.gone"),
+        OSError(5, "io"),
+        FileNotFoundError(2, "No such file or directory", str(Path(cli.__file__).parent / "assets" / "gone.json")),
+        BrokenPipeError(32, "Broken pipe"),  # of a pipe that is not our output
+    ],
 )
 def test_our_fault_is_a_traceback(command, capsys, error):
     command.run = raising(error)
@@ -195,6 +210,36 @@ def test_mix_faults(dmm_file, monkeypatch, capsys, arguments, told):
     assert [path.name for path in dmm_file.path.parent.iterdir()] == ["student.safetensors"], "nothing may be written"
 
 
+def test_mix_overwrites_a_style_file_and_nothing_else(dmm_file, tmp_path, capsys):
+    style, baked, text = (tmp_path / name for name in ("s.safetensors", "b.safetensors", "t.safetensors"))
+    text.write_text("not ours", encoding="utf-8")
+
+    def mix(out, *more):
+        return cli.main(["mix", str(dmm_file.path), "--style", "ink", "--out", str(out), *more])
+
+    assert mix(style) == mix(style) == mix(baked, "--bake") == 0
+    kept = {path: path.read_bytes() for path in (style, baked, text)}
+    capsys.readouterr()
+    for out, more in ((baked, []), (text, []), (baked, ["--bake"]), (style, ["--bake"])):
+        assert mix(out, *more) == 2
+        assert "is there already. Give --force to overwrite it, or another name with --out." in capsys.readouterr().err
+    assert kept == {path: path.read_bytes() for path in kept}
+    assert mix(text, "--bake", "--force") == 0 and open_checkpoint(text).dmm is None
+    assert mix(dmm_file.path, "--force") == 2 and "would be lost" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- a page
+
+
+@pytest.mark.parametrize("listen", ["203.0.113.7", "no such host", "x" * 300])
+def test_an_address_that_is_not_ours_is_a_line(monkeypatch, capsys, tmp_path, listen):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "gradio" or find(name, *more))
+    assert cli.main(["ui", "--models", str(tmp_path), "--listen", listen]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"dmm: {listen} cannot be used" in told and "Try another --listen." in told
+
+
 # ---------------------------------------------------------------- progress
 
 
@@ -219,6 +264,81 @@ def test_progress_on_a_terminal_is_a_bar():
     with Progress(2, "learning", stream) as progress:
         progress.update(2, loss=0.5)
     assert "100%" in stream.getvalue() and "learning" in stream.getvalue()
+
+
+def broken_pipe():
+    """A stream whose reader went away, as tee does at Ctrl-C."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", encoding="utf-8")
+
+
+def test_work_goes_on_where_nobody_reads_its_notes():
+    stream = broken_pipe()
+    with Progress(3, "learning", stream, every=0) as progress:
+        for _ in range(3):
+            progress.update()
+    assert progress.total == 3
+    report = cli.Reporter(err=broken_pipe())
+    report.note("busy")
+    report.note("still busy")
+    stream.close()  # which would raise if something were left to write
+
+
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+from dmm_core import cli
+
+def run(args, report):
+    report.note("busy")
+    with report.progress(2, "work") as progress:
+        progress.to(2)
+    report.out("made")
+    print("a warning", file=sys.stderr)
+    if args.stop:
+        raise KeyboardInterrupt
+    return {"n": 1}
+
+def add_arguments(parser):
+    parser.add_argument("--stop", action="store_true")
+
+module = SimpleNamespace(HELP="a trial", __doc__="A trial.", run=run, add_arguments=add_arguments)
+cli.COMMANDS, cli.command_module = ("try",), lambda name: module
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code", "out"),
+    [
+        ("try", "2>&-", 0, "made\n"),
+        ("try --json", "2>&-", 0, '{"n": 1}\n'),
+        ("try --stop", "2>&-", 130, "made\n"),
+        ("try --wrong", "2>&-", 2, ""),
+        ("try", ">&-", 0, ""),
+        ("try --json", ">&-", 0, ""),
+        ("try", ">&- 2>&-", 0, ""),
+    ],
+)
+def test_closed_streams_stay_silent(root, arguments, streams, code, out):
+    line = ["sh", "-c", f'exec "$0" -c "$1" {arguments} {streams}', sys.executable, PROGRAM]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert ("busy" in done.stderr) == ("2>&-" not in streams) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "broken", "code"),
+    [("try", "stdout", 0), ("try --json", "stdout", 0), ("try", "stderr", 0), ("try --stop", "stderr", 130)],
+)
+def test_exit_code_where_a_reader_went_away(root, arguments, broken, code):
+    with broken_pipe() as pipe:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, broken: pipe}
+        done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments.split()], text=True, cwd=root, **streams)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in (done.stderr or "")
 
 
 def test_durations():

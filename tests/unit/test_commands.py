@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmm_core.checkpoint import open_checkpoint
-from dmm_core.cli import main
+from dmm_core.checkpoint import open_checkpoint, write_dmm
+from dmm_core.cli import Reporter, main
 from tests.unit import tiny
 
 
@@ -77,7 +81,7 @@ def test_merge_mix_generate_evaluate(folder, capsys, tmp_path):
     assert str(folder) not in checkpoint.metadata["dmm.recipe"], (
         "a shared file must not tell where its maker's files lie"
     )
-    assert "there already" in refused(capsys, "distill", path)
+    assert "Give --force to overwrite it, or change out in the recipe." in refused(capsys, "distill", path)
     picture = tmp_path / "p.png"
     assert (
         main(
@@ -155,3 +159,158 @@ def test_int8_deltas_are_within_half_a_step():
     delta[7] = 0
     values, scale = quantize(delta)
     assert ((restore(values, scale) - delta).abs() <= 0.501 * scale.view(-1, 1, 1)).all()
+
+
+# ---------------------------------------------------------------- what is refused before work begins
+
+
+def test_a_recipe_or_options_not_both(folder, capsys):
+    path = recipe(folder, ["one.safetensors", "two.safetensors"], "never.safetensors")
+    one = folder / "one.safetensors"
+    for option, value in (("--out", "x.safetensors"), ("--base", one), ("--prompts", "p.txt"), ("--steps", 0)):
+        assert f"give a recipe or {option}, not both" in refused(capsys, "distill", path, option, value)
+    arguments = ["--teacher", one, folder / "two.safetensors", "--out", folder / "never.safetensors"]
+    assert "train.steps" in refused(capsys, "distill", *arguments, "--steps", 0)
+    assert not (folder / "never.safetensors").exists()
+
+
+def test_what_is_there_already_says_how_to_go_on(folder, capsys, tmp_path):
+    there = tmp_path / "there.safetensors"
+    there.write_bytes(b"kept")
+    models = [folder / "one.safetensors", folder / "two.safetensors"]
+    for command, option in (("distill", "--teacher"), ("merge", "--model")):
+        line = refused(capsys, command, option, *models, "--out", there)
+        assert "is there already. Give --force to overwrite it, or another name with --out." in line
+    path = tmp_path / "merge.yaml"
+    path.write_text(json.dumps({"models": [str(model) for model in models], "out": str(there)}), encoding="utf-8")
+    assert "Give --force to overwrite it, or change out in the recipe." in refused(capsys, "merge", path)
+    assert there.read_bytes() == b"kept"
+
+
+def test_training_outlives_the_reader_of_its_notes(folder, monkeypatch):
+    """As ``2>&1 | tee log`` at Ctrl-C: what was learnt is saved, and the exit code says that it was stopped."""
+    path = recipe(folder, ["one.safetensors", "two.safetensors"], "piped.safetensors")
+    work = folder / "piped.work"
+    work.mkdir()
+    (work / "stop").touch()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["distill", str(path)]) == 130
+        monkeypatch.undo()
+    assert not (work / "stop").exists()
+    assert main(["distill", str(path), "--resume", "--json"]) == 0
+    assert open_checkpoint(folder / "piped.safetensors").styles == ("one", "two")
+
+
+def test_a_file_where_a_folder_should_be_is_a_line(folder, capsys, tmp_path):
+    file, dmm = tmp_path / "file", tmp_path / "dmm.safetensors"
+    file.write_bytes(b"kept")
+    tiny.write_tiny_dmm(dmm, ("ink",))
+    path = recipe(folder, ["one.safetensors", "two.safetensors"], "never.safetensors")
+    for arguments in (
+        ["mix", dmm, "--style", "ink", "--out", file / "x.safetensors"],
+        ["demo", "--out", file],
+        ["generate", dmm, "--prompt", "a cat", "--out", file / "p.png"],
+        ["evaluate", dmm, "--teacher", folder / "one.safetensors", "--images", 4, "--steps", 1, "--out", file],
+        ["plan", path, "--write", file / "x.yaml"],
+    ):
+        assert str(file) in refused(capsys, *arguments), arguments
+    assert file.read_bytes() == b"kept"
+
+
+def test_generate_is_refused_before_it_draws(folder, capsys, tmp_path):
+    one = folder / "one.safetensors"
+    for option, value, told in (
+        ("--out", tmp_path / "p.psd", "expected a picture's name"),  # which PIL reads, but cannot write
+        ("--out", tmp_path / "p.h5", "expected a picture's name"),
+        ("--out", tmp_path, "is a folder"),
+        ("--steps", 0, "expected 1 to 1000"),
+        ("--steps", 1001, "expected 1 to 1000"),
+        ("--seed", -1, "expected 0 to"),
+        ("--seed", 2**63 - 1, "expected 0 to"),
+        ("--cfg", "nan", "expected a number"),
+    ):
+        given = ["--out", tmp_path / "p.png"] if option != "--out" else []
+        assert told in refused(capsys, "generate", one, "--prompt", "a cat", *given, option, value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_is_refused_before_its_trial(folder, capsys, tmp_path):
+    path = recipe(folder, ["one.safetensors", "two.safetensors"], "never.safetensors")
+    there = tmp_path / "there.yaml"
+    there.write_text("kept", encoding="utf-8")
+    for arguments, told in (
+        (["--quick", "--write", tmp_path / "new.yaml"], "give --write or --quick, not both"),
+        (["--write", there], "is there already. Give --force to overwrite it"),
+        (["--write", tmp_path / "new.safetensors"], "must end in .yaml or .yml"),
+        (["--write", tmp_path], "must end in .yaml"),
+        *((["--memory", memory], "--memory") for memory in ("0", "-1", "nan", "inf", "1e300")),
+    ):
+        assert told in refused(capsys, "plan", path, *arguments)
+    assert there.read_text(encoding="utf-8") == "kept" and list(tmp_path.iterdir()) == [there]
+
+
+def test_evaluate_is_refused_before_it_draws(folder, capsys, tmp_path, monkeypatch):
+    dmm, one = tmp_path / "dmm.safetensors", folder / "one.safetensors"
+    tiny.write_tiny_dmm(dmm, ("ink",))
+    line = ["evaluate", dmm, "--teacher", one, "--out", tmp_path / "report"]
+    for option, value, told in (
+        ("--images", 3, "expected at least 4"),
+        ("--steps", 0, "expected at least 1"),
+        ("--few-steps", 0, "expected at least 1"),
+        ("--cfg", "inf", "expected a number"),
+    ):
+        assert told in refused(capsys, *line, option, value)
+    monkeypatch.setenv("DMM_INCEPTION", str(one))
+    assert "is not the FID Inception" in refused(capsys, *line)
+    assert not (tmp_path / "report").exists()
+
+
+def test_figures_are_told_before_the_gallery_is_drawn(folder, capsys, tmp_path):
+    """Here of a file of one style, against whose only teacher the weight average has no error."""
+    dmm, pages = tmp_path / "dmm.safetensors", tmp_path / "report"
+    tiny.write_tiny_dmm(dmm, ("ink",))
+    line = ["evaluate", str(dmm), "--teacher", str(folder / "one.safetensors"), "--images", "4", "--steps", "1"]
+    (pages / "styles.png").mkdir(parents=True)  # where a picture cannot be written in the end
+    assert main([*line, "--out", str(pages)]) == 2
+    told = capsys.readouterr()
+    assert "ratio to the teachers' own distance" in told.out and "gap" not in told.out
+    assert told.err.splitlines()[-1].startswith(f"dmm: {pages / 'styles.png'}: ")
+
+
+def test_teachers_are_put_in_the_files_order(folder, tmp_path):
+    from dmm_core.commands import evaluate
+
+    def written(name: str, styles: tuple[str, ...]) -> Path:
+        info = [{"name": style, "teacher": f"{style}.safetensors"} for style in styles]
+        return write_dmm(
+            tmp_path / name, **tiny.model(), codebook=tiny.codebook(styles), resolution=64, style_info=info
+        )
+
+    earlier, file = written("earlier.safetensors", ("one",)), written("later.safetensors", ("one", "two", "three"))
+    for name in ("three", "other"):
+        (tmp_path / f"{name}.safetensors").write_bytes((folder / "two.safetensors").read_bytes())
+    one, two = (folder / f"{name}.safetensors" for name in ("one", "two"))
+    three, other = (tmp_path / f"{name}.safetensors" for name in ("three", "other"))
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+
+    def opened(*teachers: Path, more: tuple = ()) -> tuple[list[str], list[str]]:
+        said = io.StringIO()
+        args = parser.parse_args([str(file), "--teacher", *map(str, teachers), *map(str, more)])
+        found = evaluate.opened_teachers(args, Reporter(err=said))
+        assert [t.path for t in evaluate.opened_teachers(args)] == [t.path for t in found]
+        return [teacher.path.stem for teacher in found], said.getvalue().splitlines()
+
+    names, sorted_so = ["one", "two", "three"], "note: teachers put in the file's order: "
+    listed = [f"{name}.safetensors" for name in names]
+    assert opened(one, two, three) == (names, [])
+    assert opened(three, one, two) == (names, [sorted_so + ", ".join(listed)])
+    assert opened(one, other, three) == (
+        ["one", "other", "three"],
+        ["note: other.safetensors is not the file that style two was learned from (two.safetensors)"],
+    )
+    assert opened(three, two, more=("--before", earlier)) == (names[1:], [sorted_so + ", ".join(listed[1:])])
+    assert opened(two, one)[0] == ["two", "one"], "too few are refused later, as they are"

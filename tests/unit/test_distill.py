@@ -23,7 +23,7 @@ from dmm_core.errors import BadInput
 from dmm_core.latents import prompts_of
 from dmm_core.losses import BlockFeatures, feature_loss, score_loss
 from dmm_core.ranks import Alone, Together
-from dmm_core.recipe import recipe_from_dict
+from dmm_core.recipe import dump_recipe, load_recipe, recipe_from_dict
 from dmm_core.room import prompt_count
 from dmm_core.run import open_sources, prepare, ready
 from dmm_core.teachers import Teachers
@@ -401,6 +401,20 @@ def test_what_is_missing_is_told_before_teachers_draw(tmp_path, teachers, monkey
     with pytest.raises(BadInput, match=told):
         prepare(recipe(tmp_path / "o.safetensors", teachers, precision="auto", **more))
     assert not list(tmp_path.rglob("latents*"))
+
+
+def test_the_users_words_stay_where_the_recipe_would_be_written(tmp_path, teachers):
+    out = tmp_path / "o.safetensors"
+    mine = recipe(out, teachers, steps=1)
+    kept = tmp_path / "o.recipe.yaml"
+    dump_recipe(mine, kept)
+    kept.write_text("# mine\n" + kept.read_text(encoding="utf-8"), encoding="utf-8")
+    for made, stays in ((load_recipe(kept), True), (recipe(out, teachers, steps=2), False)):
+        merge = prepare(made)
+        list(merge.steps())
+        merge.save()
+        assert kept.read_text(encoding="utf-8").startswith("# mine") == stays
+        assert load_recipe(kept) == made
 
 
 def test_a_finished_training_is_saved_before_what_follows_it(tmp_path, teachers):

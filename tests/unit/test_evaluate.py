@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dmm_core.commands.evaluate import headline
 from dmm_core.errors import BadInput
 from dmm_core.evaluate import evaluate_pictures, score_gap, to_report
 from dmm_core.features import Extractor
 from dmm_core.frechet import frechet
+from dmm_core.report.tables import style_numbers
 
 COLORS = {"ink": (30, 30, 40), "clay": (200, 150, 210), "neon": (20, 220, 120)}
 N = 24
@@ -114,7 +116,18 @@ def test_score_gap():
     assert score_gap({"ink": 0.8}, {"ink": 0.4})["mean"] == -1
 
 
-@pytest.mark.parametrize(("mine", "plain"), [({"a": 1.0}, {"b": 1.0}), ({}, {}), ({"a": 1.0}, {"a": 0.0})])
+def test_styles_whose_teacher_is_the_average_have_no_gap(evaluation):
+    gap = score_gap({"ink": 0.1, "clay": 0.3}, {"ink": 0.4, "clay": 0.0})
+    assert gap == {"mean": pytest.approx(0.75), "per_style": {"ink": pytest.approx(0.75)}}
+    none = score_gap({"ink": 0.1}, {"ink": 0.0})
+    assert none == {"mean": None, "per_style": {}}
+    told = to_report(evaluation, gap=none)
+    assert told["gap_closed"] == none and not any("gap" in line for line in headline(told))
+    partly = to_report(evaluation, gap=gap)
+    assert "75 %" in style_numbers(partly) and "score gap closed: 75.0%" in "".join(headline(partly))
+
+
+@pytest.mark.parametrize(("mine", "plain"), [({"a": 1.0}, {"b": 1.0}), ({}, {})])
 def test_score_gap_refuses(mine, plain):
     with pytest.raises(BadInput):
         score_gap(mine, plain)

@@ -262,3 +262,36 @@ def test_what_cannot_be_extended(folder, tmp_path, capsys):
     other = recipe_from_dict({"student": earlier, "teachers": [added], "out": out, "default_style": {"nobody": 1.0}})
     with pytest.raises(BadInput, match="no style 'nobody'"):
         ready(other, open_sources(other), LatentData(["a"], [Pool(torch.zeros(1, 4, 8, 8), torch.tensor([0]))]))
+
+
+def test_what_the_report_needs_is_checked_before_training(folder, tmp_path, capsys):
+    out, pages = tmp_path / "o.safetensors", tmp_path / "report"
+    earlier, added = (str(folder / f"{name}.safetensors") for name in ("earlier", "added"))
+    blank, file = tmp_path / "blank.txt", tmp_path / "file"
+    for path in (blank, file):
+        path.write_text("\n", encoding="utf-8")
+    line = ["extend", earlier, "--teacher", added, "--out", str(out), "--preset", "mini"]
+    for arguments, told in (
+        (["--images", "3"], "--images 3: expected at least 4"),
+        (["--sampler-steps", "0"], "--sampler-steps 0: expected at least 1"),
+        (["--old-teacher", str(file), added], "file: "),
+        (["--old-teacher", added], "has 2 styles (ink, néon), got 1 old teachers"),
+        (["--test-prompts", str(tmp_path / "gone.txt")], "gone.txt: cannot be read as a list of prompts"),
+        (["--test-prompts", str(blank)], "blank.txt: holds no prompt"),
+        (["--report", str(file)], f"{file}: "),
+    ):
+        assert main([*line, "--report", str(pages), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert told in error and len(error.splitlines()) == 1, error
+    assert not out.exists() and not out.with_name("o.work").exists() and not pages.exists()
+
+
+def test_steps_of_nought_are_not_left_out(folder, tmp_path, capsys):
+    earlier, added = (str(folder / f"{name}.safetensors") for name in ("earlier", "added"))
+    out = tmp_path / "o.safetensors"
+    assert main(["extend", earlier, "--teacher", added, "--out", str(out), "--steps", "0"]) == 2
+    assert "train.steps" in capsys.readouterr().err
+    made = tmp_path / "r.yaml"
+    made.write_text(json.dumps({"student": earlier, "teachers": [added], "out": earlier}), encoding="utf-8")
+    assert main(["extend", str(made), "--steps", "0"]) == 2
+    assert "give a recipe or --steps, not both" in capsys.readouterr().err

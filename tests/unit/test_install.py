@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,42 @@ def test_ui_adds_gradio_to_the_same_environment(install):
     assert len(pips(install)) == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="what Windows gets is a batch file")
+def test_dmm_is_a_command_of_the_environment_in_any_folder(install, tmp_path):
+    """Also of one that an earlier version made; the folder's name has a space and an umlaut."""
+    package = install.ROOT / "dmm_core"
+    package.mkdir()
+    (package / "__main__.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))", encoding="utf-8")
+    install.main(["--demo"])
+    dmm = install.venv_python().with_name("dmm")
+    dmm.unlink()
+    install.main(["--demo"])
+    assert len(pips(install)) == 1
+    install.venv_python().unlink()
+    install.venv_python().symlink_to(sys.executable)
+    words = ["generate", "my file", '"a" & $b']
+    done = subprocess.run([str(dmm), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout) == words, done.stderr
+
+
+def test_dmm_on_windows_finds_the_clone_from_its_own_place(install, monkeypatch):
+    monkeypatch.setattr(install, "os", SimpleNamespace(name="nt", fsencode=os.fsencode))
+    install.venv_python().parent.mkdir(parents=True)
+    install.write_launcher(install.VENV)
+    lines = (install.VENV / "Scripts" / "dmm.cmd").read_bytes().decode("ascii").split("\r\n")
+    assert lines[-2:] == ['"%~dp0python.exe" -m dmm_core %*', ""] and 'set "PYTHONPATH=%~dp0..\\.."' in lines
+
+
+def test_an_environment_that_may_not_be_written_is_used(install, monkeypatch):
+    install.main(["--demo"])
+
+    def refuse(venv):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(install, "write_launcher", refuse)
+    assert install.main(["--demo"]) == 0
+
+
 def test_test_adds_to_the_demos_environment_and_demo_then_needs_nothing(install):
     install.main(["--demo"])
     install.main(["--test", "-k", "x"])
@@ -129,7 +166,7 @@ def test_a_torch_that_is_there_is_used(install, monkeypatch):
     monkeypatch.setattr(
         install, "host_packages", lambda: {"torch": "2.8.0+cu128", "numpy": "1.26.4", "diffusers": "0.31"}
     )
-    monkeypatch.setattr(install, "make_venv", lambda torch, venv: venv.mkdir())
+    monkeypatch.setattr(install, "make_venv", lambda torch, venv: install.venv_python(venv).parent.mkdir(parents=True))
     install.main(["--demo"])
     (pip,) = pips(install)
     assert "torch" not in pip

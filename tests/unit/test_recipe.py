@@ -110,6 +110,7 @@ FAULTS = [
     ({"train": {"lr": "fast"}}, ["train.lr", "a number", "'fast'"]),
     ({"train": {"lr": float("nan")}}, ["train.lr", "a number", "nan"]),
     ({"train": {"steps": 1.5}}, ["train.steps", "a whole number", "1.5"]),
+    ({"evaluate": {"images_per_style": 96}}, ["evaluate.images_per_style", "got 96", "dmm evaluate"]),
     ({"train": {"steps": 10**400}}, ["train.steps", "a whole number", "1000"]),
     ({"work": "ink.safetensors/x"}, ["work", "cannot be written", "is not a folder"]),
     ({"base": "~nobody is called so"}, ["base: there is no", "~nobody"]),

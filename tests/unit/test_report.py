@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dmm_core import present, shell
 from dmm_core.report import Grids, MixStrip, StyleGrid, draw_matrices, draw_mix, draw_styles, write_json, write_report
 from dmm_core.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, axis, mixing_chart, points
 from dmm_core.report.draw import RAMP, cell_side, font_for, ramp_color, shorten, text_width, wrap
@@ -125,6 +134,64 @@ def test_page_escapes_everything(tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "script" not in check(html).tags
     assert "b&amp;w" in html and "b&w" not in html
+
+
+def words_of(html, tmp_path):
+    """The page's commands, as the shell splits them."""
+    lines = unescape(html[html.rindex("<pre>") :].split("</code>")[0].split("<code>")[1])
+    shown = subprocess.run(
+        ["sh", "-c", lines.replace(shell.command(), 'printf "%s\\0" ""')], capture_output=True, text=True, cwd=tmp_path
+    )
+    return [command.split("\0") for command in shown.stdout.removesuffix("\0").removeprefix("\0").split("\0\0")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks sh")
+def test_commands_of_the_page_are_whole_words(tmp_path):
+    """The prompt as it was drawn, the file with its path, and nothing that the shell makes something else of."""
+    styles, prompt = ("b&w; touch x", "it's $HOME"), 'a picture of a "cat" & `touch y`\\'
+    file = tmp_path / "my $(touch z) merge.safetensors"
+    grids = replace(make_grids(styles), prompt=prompt, file=file)
+    write_report(tmp_path / "out", make_report(styles) | {"file": file.name}, grids)
+    draw, mix, bake = words_of((tmp_path / "out" / "report.html").read_text(encoding="utf-8"), tmp_path)
+    assert draw == ["generate", str(file), "--prompt", prompt, "--style", f"{styles[0]}=1"]
+    assert mix[:5] == ["mix", str(file), "--style", f"{styles[0]}=0.7", f"{styles[1]}=0.3"]
+    assert bake == [*mix[:-1], "checkpoint.safetensors", "--bake"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_shown_prompt_is_the_drawn_one(tmp_path, monkeypatch):
+    """Columns are called by their subject; what was drawn is the whole prompt."""
+    drawn = np.zeros((1, 64, 64, 3), np.uint8)
+    bench = SimpleNamespace(
+        names=("ink",), prompts=["a picture of a cat face"], student=SimpleNamespace(vae=None),
+        of_teacher=lambda i, seeds: drawn, of_student=lambda style: drawn, of_average=lambda: drawn,
+    )  # fmt: skip
+    monkeypatch.setattr(present, "decode", lambda vae, latents: latents)
+    monkeypatch.chdir(tmp_path)
+    present.present(tmp_path, SimpleNamespace(report=make_report(("ink",))), bench, Path("m.safetensors"))
+    html = unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert '"a picture of a cat face"' in html and ">cat face<" in html
+    assert f"generate {shell.quoted(str(tmp_path / 'm.safetensors'))} --prompt" in html
+
+
+def test_words_for_each_shell():
+    assert [shell.quoted(word) for word in ("ink=1", "my file", "")] == ["ink=1", '"my file"', '""']
+    assert shell.quoted('say "$x"', "posix") == "'say \"$x\"'"
+    assert shell.quoted("C:\\a b\\", "nt") == '"C:\\a b\\\\"' and shell.quoted("C:\\a", "nt") == "C:\\a"
+    assert shell.quoted('say "x" & y', "nt") == '"say \\"x\\" & y"'
+
+
+def test_dmm_is_told_by_its_name_only_where_that_finds_it(tmp_path, monkeypatch):
+    scripts, path = tmp_path / "my bin", tmp_path / "links"
+    monkeypatch.setattr(shell.sysconfig, "get_path", lambda name: str(scripts))
+    monkeypatch.setenv("PATH", str(path))
+    assert shell.program() == [sys.executable, "-m", "dmm_core"]
+    for folder in (scripts, path):
+        folder.mkdir()
+        (folder / ("dmm.exe" if os.name == "nt" else "dmm")).touch(0o755)
+    assert shell.program() == [shutil.which("dmm", path=str(scripts))], "that on the path is another program"
+    monkeypatch.setenv("PATH", str(scripts))
+    assert shell.program() == ["dmm"]
 
 
 def test_report_without_pictures_average_or_gap(tmp_path):
