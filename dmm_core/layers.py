@@ -31,8 +31,8 @@ class Norm(nn.GroupNorm):
             return fused.GroupNormSiLU.apply(
                 x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift
             )  # fmt: skip
-        if x.device.type == "cpu" and not x.requires_grad:  # torch 2.13's gradient of the weights crashes on others
-            x = x.contiguous()
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.contiguous()  # of a map laid out otherwise torch 2.13's gradient of the weights alone crashes
         y = super().forward(x if shift is None else x + shift[:, :, None, None].to(x.dtype))
         return F.silu(y) if self.silu else y
 

@@ -15,6 +15,7 @@ from dmm_core.errors import BadInput
 from dmm_core.shell import command
 
 HELP = "merge checkpoints into one DMM file"
+GUIDANCE = 5.0  # of students for few steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--few-step", metavar="FILE", help="a DMM file to make sample in 4 to 8 steps, instead of teachers"
     )
-    parser.add_argument("--guidance", type=float, default=5.0, help="of --few-step: CFG that becomes part of it (5)")
+    parser.add_argument("--guidance", type=float, help="of --few-step: CFG that becomes part of it (5)")
     parser.add_argument("--base", help="whose text encoder and VAE the result gets (the first teacher's if left out)")
     parser.add_argument("--out", help="the DMM file to write")
     parser.add_argument("--prompts", help="prompts to draw training data with, one a line")
@@ -87,7 +88,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     from dmm_core.presets import DEFAULT
     from dmm_core.recipe import load_recipe, recipe_from_dict
 
-    options = ("teacher", "few_step", "preset", "base", "out", "prompts", "steps")
+    options = ("teacher", "few_step", "preset", "base", "out", "prompts", "steps", "guidance")
     chosen = [name for name in options if getattr(args, name) is not None]
     if args.recipe and chosen:
         raise BadInput(f"give a recipe or --{chosen[0].replace('_', '-')}, not both")
@@ -97,6 +98,9 @@ def recipe_of(args: argparse.Namespace) -> Any:
         raise BadInput("a recipe is missing", hint="Give a YAML file, or --teacher FILE … --out FILE.")
     if args.teacher and args.few_step:
         raise BadInput("give --teacher or --few-step, not both", hint="The styles of the DMM file teach themselves.")
+    if args.guidance is not None and not args.few_step:
+        raise BadInput("--guidance is of --few-step", hint="Teachers draw with a recipe's data: {cfg_scale: …}.")
+    guidance = GUIDANCE if args.guidance is None else args.guidance
     data: dict[str, Any] = {"teachers": list(args.teacher or ()), "out": args.out}
     data |= {"base": args.base} if args.base else {}
     preset = args.preset or (DEFAULT if args.teacher else None)
@@ -104,8 +108,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
     data |= {"data": {"prompts": args.prompts}} if args.prompts else {}
     data |= {"train": {"steps": args.steps}} if args.steps is not None else {}
     if args.few_step:
-        data |= {"student": args.few_step, "train": {**data.get("train", {}), "few_step": args.guidance}}
-        data["data"] = {"cfg_scale": args.guidance, **data.get("data", {})}
+        data |= {"student": args.few_step, "train": {**data.get("train", {}), "few_step": guidance}}
+        data["data"] = {"cfg_scale": guidance, **data.get("data", {})}
     return recipe_from_dict(data, source="command line")
 
 

@@ -167,10 +167,12 @@ def test_int8_deltas_are_within_half_a_step():
 def test_a_recipe_or_options_not_both(folder, capsys):
     path = recipe(folder, ["one.safetensors", "two.safetensors"], "never.safetensors")
     one = folder / "one.safetensors"
-    for option, value in (("--out", "x.safetensors"), ("--base", one), ("--prompts", "p.txt"), ("--steps", 0)):
+    for option, value in (("--out", "x.safetensors"), ("--base", one), ("--prompts", "p.txt"), ("--steps", 0),
+                          ("--guidance", 5)):  # fmt: skip
         assert f"give a recipe or {option}, not both" in refused(capsys, "distill", path, option, value)
     arguments = ["--teacher", one, folder / "two.safetensors", "--out", folder / "never.safetensors"]
     assert "train.steps" in refused(capsys, "distill", *arguments, "--steps", 0)
+    assert "--guidance is of --few-step" in refused(capsys, "distill", *arguments, "--guidance", 5)
     assert not (folder / "never.safetensors").exists()
 
 

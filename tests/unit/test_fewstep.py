@@ -257,6 +257,8 @@ def test_the_command_for_a_file(tmp_path, slow_student):
     assert (made.train.few_step, made.data.cfg_scale, made.train.steps) == (4.0, 4.0, 7)
     assert (made.train.snr_power, made.train.teachers_per_step, made.train.batch) == (0.0, 4, 6)
     assert recipe_from_dict(made.to_dict()).train == made.train, "it is read back as it was written"
+    args.guidance = None
+    assert distill.recipe_of(args).train.few_step == 5.0
 
 
 def command_line(*arguments: str) -> argparse.Namespace:
