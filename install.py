@@ -32,8 +32,11 @@ VENV = ROOT / ".venv-dmm"
 TRAIN = ROOT / ".venv-train"  # for hosts: over the packages of the Python that runs them
 FOLDER = ROOT / ".train-packages"  # the same where Python cannot make virtual environments (ComfyUI portable)
 STAMP = "dmm-install.stamp"  # in an environment: what was installed to the end
+STOPPED = 130  # exit code after Ctrl-C
 PYTHON = (3, 10)  # as pyproject.toml says
 OLDEST_TORCH = (2, 4)  # trained with nothing older; torch.amp.GradScaler is of 2.3, and diffusers 0.39 asks for 2.6
+# not -m: it would take a random.py in the folder that people are in for Python's own; PYTHONPATH has the clone
+LAUNCH = "import sys; del sys.path[0]; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
 FAILED = "pip could not install the requirements; its message is above. Is there a network?"
 EXTRAS = {"--demo": ("train",), "--ui": ("train", "ui"), "--test": ("train", "dev"), "--train": ("train",)}
 # With a host's torch its other compiled packages are kept too (they were built for each other); these are always ours.
@@ -113,12 +116,12 @@ def write_launcher(venv: Path) -> None:
     """``dmm`` beside the environment's Python, to be called from any folder; nothing is installed for it."""
     if os.name == "nt":  # by its own place: cmd reads such files in the console's encoding, not in UTF-8
         lines = ["@echo off", "setlocal", "set PYTHONHOME=", 'set "PYTHONPATH=%~dp0..\\.."', "set PYTHONUTF8=1",
-                 '"%~dp0python.exe" -m dmm_core %*']  # fmt: skip
+                 f'"%~dp0python.exe" -c "{LAUNCH}" %*']  # fmt: skip
         file, text = venv_python(venv).with_name("dmm.cmd"), "\r\n".join([*lines, ""])
     else:  # no script of Python's: its first line could not name a Python in a folder with spaces
         python, root = (shlex.quote(str(path)) for path in (venv_python(venv), ROOT))
         lines = ["#!/bin/sh", "unset PYTHONHOME", f"export PYTHONPATH={root} PYTHONUTF8=1"]
-        file, text = venv_python(venv).with_name("dmm"), "\n".join([*lines, f'exec {python} -m dmm_core "$@"', ""])
+        file, text = venv_python(venv).with_name("dmm"), "\n".join([*lines, f'exec {python} -c "{LAUNCH}" "$@"', ""])
     if not file.exists() or file.read_bytes() != os.fsencode(text):
         file.write_bytes(os.fsencode(text))
         file.chmod(0o755)
@@ -134,8 +137,15 @@ def installed(wanted: str, place: Path = VENV) -> set[str]:
     """The extras that the environment holds; none where it is missing, outdated or was broken off half-way."""
     if not ((place / STAMP).exists() and (place == FOLDER or venv_python(place).exists())):
         return set()
-    then, *extras = (place / STAMP).read_text(encoding="utf-8").split()
-    return set(extras) if then == wanted else set()
+    words = (place / STAMP).read_text(encoding="utf-8", errors="replace").split()
+    return set(words[1:]) if words[:1] == [wanted] else set()
+
+
+def stamp(place: Path, wanted: str, extras: Iterable[str]) -> None:
+    """Note what an environment holds, whole or not at all."""
+    fresh = place / (STAMP + ".new")
+    fresh.write_text(" ".join([wanted, *sorted(extras)]), encoding="utf-8")
+    os.replace(fresh, place / STAMP)
 
 
 def train_environment() -> tuple[Path, list[Path]] | None:
@@ -153,7 +163,16 @@ def run(command: list[str], **options: Any) -> int:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     # threads that soon stop spinning: as fast as the default when alone, and not many times slower on a busy machine
     environment = {"GOMP_SPINCOUNT": "10000", "PYTHONUTF8": "1", **environment, **options.pop("env", {})}
-    return subprocess.run(command, env=environment, **options).returncode
+    process, stopped = subprocess.Popen(command, env=environment, **options), False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the child has it too, and takes its time to save
+            stopped = True
+    if stopped and code not in (0, STOPPED):
+        raise KeyboardInterrupt
+    return code
 
 
 class NoVenv(SetupError):
@@ -209,9 +228,11 @@ def prepare(extras: tuple[str, ...], venv: Path = VENV) -> Path:
     note = f"using torch {torch} of this Python" if torch else "torch is the large part"
     say(f"installing {', '.join(extras)} requirements ({note})")
     if run(pip(venv_python(venv), write_limits(venv, torch), *requirements(extras, torch))):
+        if have:  # pip changes nothing before it has found and fetched all
+            stamp(venv, wanted, have)
         raise SetupError(FAILED, 1)
     write_launcher(venv)
-    (venv / STAMP).write_text(" ".join([wanted, *sorted(have.union(extras))]), encoding="utf-8")
+    stamp(venv, wanted, have.union(extras))
     return venv_python(venv)
 
 
@@ -267,7 +288,7 @@ def prepare_folder(torch: str) -> None:
     lacking = [f"{about['name']}=={about['version']}" for about in found]
     if lacking and run(pip(Path(sys.executable), limits, "--no-deps", "--target", str(FOLDER), *lacking)):
         raise SetupError(FAILED, 1)
-    (FOLDER / STAMP).write_text(f"{fingerprint(torch, FOLDER)} train", encoding="utf-8")
+    stamp(FOLDER, fingerprint(torch, FOLDER), ["train"])
 
 
 # ---------------------------------------------------------------- commands
@@ -290,12 +311,27 @@ def start(action: str, arguments: list[str]) -> int:
         here["OMP_NUM_THREADS"], arguments = "1", ["-n", cores, "--dist", "worksteal"]
     if action == "--test":
         return run([python, "-m", "pytest", *arguments], cwd=ROOT, env=here)
-    return run([python, "-m", "dmm_core", action.removeprefix("--"), *arguments], env=here)
+    return run([python, "-c", LAUNCH, action.removeprefix("--"), *arguments], env=here)
+
+
+def outside() -> str | None:
+    """The Python that an environment of ours was made of, where this is that environment's own: it may be activated.
+
+    Seen from inside, the environment is another one, which would be made anew in the place of the one that runs this.
+    """
+    if Path(sys.prefix).resolve() not in (VENV.resolve(), TRAIN.resolve()):
+        return None
+    base = getattr(sys, "_base_executable", None)
+    if not base or Path(base).resolve() == Path(sys.executable):
+        raise SetupError(f"this is the Python of {sys.prefix}. Run deactivate, or use another Python.")
+    return str(base)
 
 
 def main(arguments: list[str]) -> int:
     if not arguments:
         return 0
+    if arguments[0] in EXTRAS and (base := outside()):
+        return run([base, str(ROOT / "install.py"), *arguments])
     if arguments[0] in EXTRAS:
         return start(arguments[0], arguments[1:])
     if arguments[0] in ("-h", "--help"):
@@ -315,4 +351,4 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped")
-        sys.exit(130)
+        sys.exit(STOPPED)

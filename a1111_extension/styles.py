@@ -51,6 +51,8 @@ class Book:
     def sliders(self, values: tuple[float, ...], names: tuple[str, ...]) -> dict[str, float]:
         """The mix of slider values; those beyond the last style have no style to act on.
 
+        Where styles of the default have no slider, sliders that stand as the default has them are the default whole.
+
         Raises:
             StyleError: the panel shows the styles of another checkpoint.
         """
@@ -58,7 +60,9 @@ class Book:
             raise StyleError(
                 f"the sliders are those of another checkpoint ({', '.join(names)})", hint="Press the panel's refresh."
             )
-        return dict(zip(names or self.names, values, strict=False))
+        mix, default = dict(zip(names or self.names, values, strict=False)), self.codebook.default
+        untouched = all(abs(value - default.get(name, 0.0)) < SAME for name, value in mix.items())
+        return dict(default) if untouched else mix
 
 
 def open_book(path: Path) -> Book:

@@ -35,7 +35,8 @@ class View:
             self.doing, self.done, self.of, self.training = about["what"], about["done"], about["total"], False
         elif event.kind == "progress":
             self.step, self.total, self.training = about["step"], about["total"], True
-            self.seconds_left, self.losses = about["seconds_left"], dict(about["losses"])
+            self.seconds_left = about["seconds_left"]
+            self.losses = {name: loss for name, loss in about["losses"].items() if loss is not None}  # NaN in JSON
         elif event.kind == "preview" and event.picture:
             self.picture, self.caption = event.picture, about["caption"]
         elif event.kind == "warning":

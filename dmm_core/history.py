@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Losses:
 
     def add(self, step: int, losses: Mapping[str, float]) -> None:
         for name, loss in losses.items():
+            if not math.isfinite(loss):  # one such step is not the mean of all that follow
+                continue
             self.now[name] = MEMORY * self.now.get(name, loss) + (1 - MEMORY) * loss
         if not self.points or step - self.points[-1][0] >= self.every:
             self.points.append((step, dict(self.now)))

@@ -11,7 +11,7 @@ from dmm_core.errors import BadInput, StyleError
 from dmm_core.studio.studio import Studio
 
 from .. import sliders
-from ..args import SLIDERS, parse_mix, read_names
+from ..args import SLIDERS, parse_mix, read_names, write_mix
 from ..styles import Book, open_book
 from .events import attempt, on, said
 from .lists import STUDENTS, Lists
@@ -61,7 +61,8 @@ def build(studio: Studio, lists: Lists, mailbox: Mailbox) -> None:
 
     def export(chosen: str | None, shown: str, text: str, norm: bool, what: str, to: str, *values: float) -> str:
         def work() -> str:
-            mix = dict(zip(read_names(shown), (float(value or 0) for value in values), strict=False))
+            names = read_names(shown)
+            mix = book(chosen).sliders(tuple(float(value or 0) for value in values), names) if names else {}
             mix |= parse_mix(text) if text and text.strip() else {}
             if not mix:
                 raise StyleError("no DMM file is chosen", hint="Choose one whose styles to mix.")
@@ -76,8 +77,11 @@ def build(studio: Studio, lists: Lists, mailbox: Mailbox) -> None:
             return [gr.update() for _ in range(2 + len(filled))]
         file, sent, values, norm = held
         made = _fill(lambda: book(file), "")
-        if read_names(made[-1].get("value")) == sent:
-            made[1 + 2 * SLIDERS : 1 + 3 * SLIDERS] = sliders.labelled(sent, list(values))
+        names, given = read_names(made[-1].get("value")), dict(zip(sent, values, strict=False))
+        if names and sent:
+            made[1 + 2 * SLIDERS : 1 + 3 * SLIDERS] = sliders.labelled(names, [given.get(n, 0.0) for n in names])
+            rest = {name: weight for name, weight in given.items() if weight and name not in names}
+            made[-2] = gr.update(visible=made[-2].get("visible", False), value=write_mix(rest) if rest else "")
         return [gr.update(value=file), gr.update(value=norm), *made]
 
     on(student.change, fill, [student, names], filled)

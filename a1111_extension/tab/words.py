@@ -53,7 +53,7 @@ def _bar(share: float | None) -> str:
 
 def losses(values: Mapping[str, float]) -> str:
     """A bar for each style's loss, relative to the largest."""
-    most = max(values.values()) or 1.0
+    most = max(values.values(), default=0.0) or 1.0
     rows = "".join(
         f'<div class="dmm-loss"><span>{esc(name)}</span><i style="width:{100 * max(loss, 0) / most:.0f}%"></i>'
         f"<em>{loss:.4f}</em></div>"

@@ -48,7 +48,9 @@ def require(args: argparse.Namespace) -> None:
     """Raises BadInput: no gradio, no such folder, another machine's address, or a port that is taken."""
     if importlib.util.find_spec("gradio") is None:
         raise BadInput(
-            "the page needs gradio", sys.executable, "Run: pip install gradio (the extra ui of this project)"
+            "the page needs gradio",
+            sys.executable,
+            'Run: python install.py --ui. Or, in an environment of your own: pip install gradio "huggingface-hub<1"',
         )
     models = Path(args.models)
     if models.exists() and not models.is_dir():

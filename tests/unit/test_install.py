@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_unknown_option_is_one_line(root):
 
 def test_demo_installs_once_and_passes_arguments_on(install):
     assert install.main(["--demo", "--out", "my folder"]) == 0
-    assert install.commands[-1][1:] == ["-m", "dmm_core", "demo", "--out", "my folder"]
+    assert install.commands[-1][1:] == ["-c", install.LAUNCH, "demo", "--out", "my folder"]
     (pip,) = pips(install)
     assert "torch" in pip and "--only-binary=:all:" in pip and not any(part.startswith("pytest") for part in pip)
     assert install.main(["--demo"]) == 0
@@ -73,7 +74,7 @@ def test_demo_installs_once_and_passes_arguments_on(install):
 def test_ui_adds_gradio_to_the_same_environment(install):
     assert install.main(["--demo"]) == 0
     assert install.main(["--ui", "--port", "7000"]) == 0
-    assert install.commands[-1][1:] == ["-m", "dmm_core", "ui", "--port", "7000"]
+    assert install.commands[-1][1:] == ["-c", install.LAUNCH, "ui", "--port", "7000"]
     first, second = pips(install)
     assert [any(part.startswith("gradio") for part in pip) for pip in (first, second)] == [False, True]
     assert install.main(["--ui"]) == 0 and install.main(["--demo"]) == 0
@@ -85,7 +86,9 @@ def test_dmm_is_a_command_of_the_environment_in_any_folder(install, tmp_path):
     """Also of one that an earlier version made; the folder's name has a space and an umlaut."""
     package = install.ROOT / "dmm_core"
     package.mkdir()
-    (package / "__main__.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))", encoding="utf-8")
+    text = "import json, random, sys\n\n\ndef main():\n    print(json.dumps(sys.argv[1:]))\n"
+    (package / "cli.py").write_text(text, encoding="utf-8")
+    (tmp_path / "random.py").write_text("raise SystemExit('a file of the folder that people are in')", encoding="utf-8")
     install.main(["--demo"])
     dmm = install.venv_python().with_name("dmm")
     dmm.unlink()
@@ -103,7 +106,8 @@ def test_dmm_on_windows_finds_the_clone_from_its_own_place(install, monkeypatch)
     install.venv_python().parent.mkdir(parents=True)
     install.write_launcher(install.VENV)
     lines = (install.VENV / "Scripts" / "dmm.cmd").read_bytes().decode("ascii").split("\r\n")
-    assert lines[-2:] == ['"%~dp0python.exe" -m dmm_core %*', ""] and 'set "PYTHONPATH=%~dp0..\\.."' in lines
+    assert lines[-2] == f'"%~dp0python.exe" -c "{install.LAUNCH}" %*' and lines[-1] == ""
+    assert 'set "PYTHONPATH=%~dp0..\\.."' in lines and not set(install.LAUNCH) & set('"%^&|<>')
 
 
 def test_an_environment_that_may_not_be_written_is_used(install, monkeypatch):
@@ -139,6 +143,75 @@ def test_failed_install_is_told_and_made_anew_next_time(install):
     install.codes.clear()
     assert install.main(["--demo"]) == 0
     assert not left_over.exists() and (install.VENV / install.STAMP).exists()
+
+
+def test_a_failed_addition_leaves_what_is_there(install):
+    """Without a network, say: the demo's environment is still the demo's."""
+    install.main(["--demo"])
+    kept = install.VENV / "kept"
+    kept.touch()
+    install.codes["pip"] = 1
+    for action in ("--ui", "--test"):
+        with pytest.raises(install.SetupError):
+            install.main([action])
+    assert install.main(["--demo"]) == 0 and kept.exists() and len(pips(install)) == 3
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"torn"])
+def test_a_torn_stamp_is_no_stamp(install, text):
+    install.main(["--demo"])
+    (install.VENV / install.STAMP).write_bytes(text)
+    assert install.main(["--demo"]) == 0 and len(pips(install)) == 2
+
+
+def test_from_inside_the_environment_another_python_goes_on(install, monkeypatch):
+    """Activated, ``python`` is the environment's own: to make it anew would take away what runs this."""
+    install.main(["--demo"])
+    before = len(install.commands)
+    monkeypatch.setattr(install.sys, "prefix", str(install.VENV))
+    monkeypatch.setattr(install.sys, "_base_executable", "/usr/bin/some-python")
+    assert install.main(["--ui", "--port", "7000"]) == 0
+    asked = install.commands[before:]
+    assert asked == [["/usr/bin/some-python", str(install.ROOT / "install.py"), "--ui", "--port", "7000"]]
+    monkeypatch.setattr(install.sys, "_base_executable", None)
+    with pytest.raises(install.SetupError, match="Run deactivate"):
+        install.main(["--ui"])
+    assert install.venv_python().exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent to a group of processes")
+@pytest.mark.parametrize(("code", "ends"), [("130", 130), ("2", 130), ("0", 0)])
+def test_ctrl_c_waits_for_the_command_that_saves(install, tmp_path, code, ends):
+    """The terminal sends it to both. What pip makes of it is a stop too."""
+    saved = tmp_path / "saved"
+    child = (
+        "import sys, time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        f"    time.sleep(1)\n    open({str(saved)!r}, 'w').close()\n    sys.exit({code})\n"
+    )
+    driver = (
+        f"import sys\nsys.path.insert(0, {str(install.ROOT)!r})\nimport install\n"
+        f"try:\n    sys.exit(install.run([sys.executable, '-c', {child!r}]))\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout and process.stdout.readline().strip() == b"ready"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == ends and saved.exists()
+
+
+@pytest.mark.slow  # asks the package index
+@pytest.mark.parametrize("action", ["--demo", "--ui", "--test"])
+def test_what_is_asked_for_goes_together(root, tmp_path, action):
+    """As on a fresh Python, without a torch that is there already: pip finds a version of everything."""
+    spec = importlib.util.spec_from_file_location("install_as_it_is", root / "install.py")
+    assert spec and spec.loader
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    limits = install.write_limits(tmp_path, None)
+    wanted = install.requirements(install.EXTRAS[action], None)
+    asked = install.pip(Path(sys.executable), limits, "--dry-run", "--ignore-installed", *wanted)
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_changed_constraints_make_it_anew(install):

@@ -16,6 +16,8 @@ def test_losses_are_smoothed_thinned_and_kept(tmp_path):
         losses.add(step, {"a": 1.0 if step == 1 else 0.5})
     assert len(losses.points) <= POINTS and losses.points[-1][0] > 3 * POINTS - 2 * losses.every
     assert losses.points[0][1]["a"] > losses.points[-1][1]["a"] and abs(losses.now["a"] - 0.5) < 1e-6
+    losses.add(step + 1, {"a": float("nan")})
+    assert abs(losses.now["a"] - 0.5) < 1e-6, "one such step is not the mean of all that follow"
     losses.save()
     again = Losses(tmp_path / "losses.json", 600)
     assert again.points == [point for point in losses.points if point[0] <= 600] and again.every == losses.every

@@ -32,7 +32,7 @@ def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: find(name, *more) if name != "gradio" else None
     )
-    assert "the page needs gradio. Run: pip install gradio (the extra ui of this project)" in told(capsys)
+    assert "the page needs gradio. Run: python install.py --ui." in told(capsys)
 
 
 def test_bad_arguments_are_a_line(capsys, tmp_path, gradio_is_there):
@@ -70,6 +70,9 @@ def test_card_shows_what_is_going_on_and_escapes_names():
     shown = words.card(activity)
     assert 'data-live="1"' in shown and "step 10 of 40" in shown and "width:25.0%" in shown
     assert "<i>ink" not in shown and "&lt;i&gt;ink&lt;/i&gt;" in shown and "<b>x" not in shown
+    for nothing in ({"ink": None}, {}):  # of a loss that is NaN
+        activity.view.take(progress(11, **nothing))
+        assert "step 11 of 40" in words.card(activity)
     activity.cancelled.set()
     assert "Saves what was learnt" in words.card(activity)
     activity.state, activity.line = "failed", "the disk is <full>"

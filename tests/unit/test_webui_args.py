@@ -67,6 +67,12 @@ def test_a_style_beyond_the_sliders_is_reached_by_name(tmp_path):
     book = open_book(write_tiny_dmm(tmp_path / "many.safetensors", names=names, vocab=100))
     assert plan(book, Args(weights=names[-1])).weights[0, 0, 0].tolist() == [0.0] * (SLIDERS + 1) + [1.0]
     assert infotext.sliders(f"{names[-1]}=1", book) == ((names[-1],), (1.0,))
+    first = names[:SLIDERS]  # as a fresh panel and Reset have them: the default style, though some have no slider
+    untouched = [round(book.codebook.default[name], 4) for name in first]
+    assert plan(book, Args(weights=tuple(untouched), names=first)).idle
+    assert not plan(book, Args(weights=(untouched[0] + 0.01, *untouched[1:]), names=first)).idle
+    shown, values = infotext.sliders("default", book)
+    assert plan(book, Args(weights=values, names=shown)).idle
 
 
 def test_ordinary_checkpoint_is_told_apart(tmp_path):

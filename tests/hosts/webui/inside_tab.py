@@ -181,6 +181,12 @@ def test_panel_sends_its_sliders(host, tab):
     other = press(host, "dmm_mix_student", "other.safetensors", shown, event="change")
     assert other[-2]["value"] == "", "what was written for the styles of the one before is not this one's"
     assert "value" not in kept[-2]
+    sent = json.dumps(["ink", "beyond"])  # of a file with more styles than sliders, or another one than is there by now
+    press(host, "script_txt2img_dmm_styles_send", sent, True, 0.25, 0.75, *weights[2:])
+    told = press(host, "dmm_receive")
+    values = [update["value"] for update in told[3 + 2 * host.args.SLIDERS : 3 + 3 * host.args.SLIDERS]]
+    by_name = dict(zip(json.loads(told[-1]["value"]), values, strict=False))
+    assert by_name["ink"] == 0.25 and sum(by_name.values()) == 0.25 and told[-2]["value"] == "beyond=0.75"
     none = [0.0] * host.args.SLIDERS
     bad = press(host, "dmm_mix_export", "dmm.safetensors", shown, "", True, "", "x", *none)
     assert "dmm-bad" in bad[0] and "sum" in bad[0]
