@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dmm_core.checkpoint import Checkpoint, write_checkpoint, write_style
+from dmm_core.checkpoint.metadata import FEW_STEP
 from dmm_core.checkpoint.save import TIME_BIAS
 from dmm_core.errors import BadInput
 
@@ -46,7 +47,8 @@ def _bake(out: Path, checkpoint: Any, vector: Tensor, name: str) -> None:
     unet = dict(checkpoint.unet())
     bias = unet[TIME_BIAS]
     unet[TIME_BIAS] = (bias.float() + vector.float()).to(bias.dtype)
-    metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith("dmm.")}
+    kept = lambda key: key == FEW_STEP or not key.startswith("dmm.")  # noqa: E731  it is drawn in few steps still
+    metadata = {key: value for key, value in checkpoint.metadata.items() if kept(key)}
     metadata.pop("modelspec.hash_sha256", None)  # of the tensors that it was
     write_checkpoint(
         out, family=checkpoint.family, unet=unet, vae=checkpoint.vae() if checkpoint.vae_config else None,

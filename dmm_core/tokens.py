@@ -24,9 +24,9 @@ def _bytes_to_unicode() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-@lru_cache(maxsize=2)
-def clip_tokenizer(pad_with_zero: bool = False):
-    """A transformers ``CLIPTokenizer``; CLIP-L pads with the end token, SDXL's second encoder with ``!`` (0)."""
+@lru_cache(maxsize=1)
+def clip_tokenizer():
+    """A transformers ``CLIPTokenizer``, which pads with the end token."""
     with importing():
         from transformers import CLIPTokenizer
 
@@ -38,12 +38,17 @@ def clip_tokenizer(pad_with_zero: bool = False):
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
         merges.write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
-        return CLIPTokenizer(
-            str(vocab), str(merges), pad_token="!" if pad_with_zero else "<|endoftext|>", model_max_length=LENGTH
-        )
+        return CLIPTokenizer(str(vocab), str(merges), pad_token="<|endoftext|>", model_max_length=LENGTH)
 
 
 def tokenize(prompts: list[str], pad_with_zero: bool = False) -> Tensor:
-    """Token ids (B, 77), cut off at 77."""
-    tokenizer = clip_tokenizer(pad_with_zero)
-    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    """Token ids (B, 77), cut off at 77; CLIP-L pads with the end token, SDXL's second encoder with 0.
+
+    0 is put in afterwards, as ComfyUI does: transformers would take every "!" of a prompt for its padding token.
+    """
+    tokenizer = clip_tokenizer()
+    told = tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    if pad_with_zero:
+        ended = (told == tokenizer.eos_token_id).cumsum(1)
+        told = told.masked_fill(ended - (told == tokenizer.eos_token_id).long() > 0, 0)
+    return told

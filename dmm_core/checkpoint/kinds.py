@@ -32,6 +32,9 @@ _OTHERS = {
     "txt_norm.": "Qwen-Image",
     "temporal_transformer_blocks.": "a video UNet",
     "time_mixer.mix_factor": "a video UNet",
+    "edm_vpred.sigma_max": "an EDM model, such as CosXL",  # these three: comfy/supported_models.py
+    "edm_mean": "an EDM model, such as Playground 2.5",
+    "edm_std": "an EDM model, such as Playground 2.5",
     "transformer_blocks.0.attn1.to_q": "a diffusion transformer",
 }
 _NOT_MODELS = {

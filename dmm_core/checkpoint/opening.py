@@ -162,6 +162,8 @@ def _settle(ck: Checkpoint) -> None:
     if ck.path.is_dir():
         scheduler = _json(ck.path / "scheduler" / "scheduler_config.json")
         unet_json, vae_json = _json(ck.path / "unet" / "config.json"), _json(ck.path / "vae" / "config.json")
+    if str(scheduler.get("_class_name", "")).startswith("EDM"):
+        raise UnsupportedModel(ck.path, "an EDM model, such as CosXL or Playground 2.5")
     if isinstance(unet_json.get("sample_size"), int):
         ck.unet_config["sample_size"] = unet_json["sample_size"]
     if ck.vae_config:
@@ -172,7 +174,9 @@ def _settle(ck: Checkpoint) -> None:
     named = named or meta.prediction_type(scheduler.get("prediction_type"))
     told = (scheduler.get("rescale_betas_zero_snr") is True, ck.metadata.get("ss_zero_terminal_snr") == "True")
     ck.zero_snr = "ztsnr" in ck.tensors or any(told)
-    ck.prediction_type = named or ("v_prediction" if "v_pred" in ck.tensors else "epsilon")
+    if "v_pred" in ck.tensors and (named is None or ck.family == "sdxl"):  # as ComfyUI, whatever the metadata say
+        named = "v_prediction"
+    ck.prediction_type = named or "epsilon"
 
 
 def _json(path: Path) -> dict[str, Any]:

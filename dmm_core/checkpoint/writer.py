@@ -50,8 +50,11 @@ def non_finite(tensor: Tensor) -> int:
         return 0
     if tensor.element_size() == 1:  # float8 has no isfinite
         tensor = tensor.to(torch.float32)
-    # NaN spreads to both ends of the range; one pass, 20 to 80 times as fast as a mask
-    if all(torch.isfinite(end) for end in tensor.aminmax()):
+    try:  # NaN spreads to both ends of the range; one pass, 20 to 80 times as fast as a mask
+        ends = tensor.aminmax()
+    except RuntimeError:  # torch before 2.2 has none of float16 on a CPU, and A1111 has torch 2.1
+        ends = tensor.float().aminmax()
+    if all(torch.isfinite(end) for end in ends):
         return 0
     return int(tensor.numel() - torch.isfinite(tensor).sum().item())
 

@@ -34,7 +34,7 @@ from dmm_core.checkpoint import (
     write_style,
 )
 from dmm_core.checkpoint.reader import Tensors
-from dmm_core.checkpoint.writer import write_safetensors
+from dmm_core.checkpoint.writer import non_finite, write_safetensors
 from dmm_core.errors import BadInput
 from tests.unit import tiny
 
@@ -383,3 +383,18 @@ def test_no_map_keeps_a_file_open(file, tmp_path):
     assert all(torch.equal(unet[key], kept[key]) for key in kept)
     single = ck.parts["unet"]["conv_in.bias"]
     assert single.key.startswith(UNET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_values_are_looked_at_by_an_old_torch_too(monkeypatch, dtype):
+    """torch 2.1, which A1111 has, finds no range of float16 on a CPU."""
+    whole = torch.Tensor.aminmax
+
+    def old(tensor):
+        if tensor.dtype == torch.float16:
+            raise RuntimeError('"aminmax_cpu" not implemented for \'Half\'')
+        return whole(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "aminmax", old)
+    assert non_finite(torch.ones(3).to(dtype)) == 0
+    assert non_finite(torch.tensor([1.0, float("nan")]).to(dtype)) == 1

@@ -13,6 +13,7 @@ from dmm_core.checkpoint import (
     BadMetadata,
     NonFinite,
     StyleCount,
+    UnsupportedModel,
     fold,
     open_checkpoint,
     write_checkpoint,
@@ -310,6 +311,18 @@ def test_prediction_type_of_other_programs(folder):
     ):
         write_safetensors(path, {**state, **extra}, metadata)
         assert open_checkpoint(path).prediction_type == expected
+
+
+def test_sdxl_predicts_what_its_tensors_say(folder):
+    """As ComfyUI decides: scripts that merge write epsilon into the metadata of whatever they get."""
+    path = tiny.write_tiny(folder / "x.safetensors", family="sdxl", vocab=VOCAB)
+    state = dict(Tensors.open(path).items())
+    write_safetensors(path, {**state, "v_pred": torch.empty(0)}, {"modelspec.prediction_type": "epsilon"})
+    assert open_checkpoint(path).prediction_type == "v_prediction"
+    for key in ("edm_vpred.sigma_max", "edm_mean", "edm_std"):
+        write_safetensors(path, {**state, key: torch.ones(1)}, {})
+        with pytest.raises(UnsupportedModel, match="is an EDM model, such as"):
+            open_checkpoint(path)
 
 
 def test_nothing_is_left_behind_when_writing_fails(folder):

@@ -44,6 +44,16 @@ def test_tokens_are_clips():
     assert tokenize(["word " * 200]).shape == (1, 77)
 
 
+def test_an_exclamation_mark_is_no_padding():
+    """SDXL's second encoder pads with 0, which is "!" at the end of no word."""
+    one, two = tokenize(["wow! hello!", ""]), tokenize(["wow! hello!", ""], pad_with_zero=True)
+    end = 49407
+    length = one[0].tolist().index(end) + 1
+    assert torch.equal(one[0, :length], two[0, :length]) and 256 in one[0]
+    assert (one[0, length:] == end).all() and (two[0, length:] == 0).all()
+    assert two[1].tolist() == [49406, end] + [0] * 75
+
+
 def test_prompts_file(tmp_path):
     file = tmp_path / "prömpts.txt"
     file.write_text("# comment\na cat\n\n  ein Bär \n", encoding="utf-8")

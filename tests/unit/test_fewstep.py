@@ -225,6 +225,14 @@ def test_of_a_file_without_its_teachers(tmp_path, slow_student):
     assert 0 < moved.abs().max() < 0.1
 
 
+def test_baked_it_is_drawn_in_few_steps_still(tmp_path, student):
+    out = tmp_path / "baked.safetensors"
+    assert main(["mix", str(student), "--style", "teacher 0", "--bake", "--out", str(out)]) == 0
+    baked = open_checkpoint(out)
+    assert baked.dmm is None and baked.few_step == open_checkpoint(student).few_step > 0
+    assert load_pipeline(out).few_step > 0
+
+
 def of_itself(folder: Path, student: Path, **more):
     return recipe_from_dict({"student": str(student), "teachers": [], "out": str(folder / "few.safetensors"),
                              "data": SMALL, "train": TRAIN | {"few_step": 3.0, "steps": 1} | more})  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,10 @@ def oracle(pipe):
     """diffusers' own pipeline around the same modules."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+    with_zeros = copy.deepcopy(clip_tokenizer())
+    with_zeros.pad_token = "!"
     return StableDiffusionXLPipeline(
-        pipe.vae, *pipe.text_encoders, clip_tokenizer(), clip_tokenizer(True), pipe.unet,
+        pipe.vae, *pipe.text_encoders, clip_tokenizer(), with_zeros, pipe.unet,
         EulerDiscreteScheduler(**SCHEDULER), force_zeros_for_empty_prompt=False, add_watermarker=False,
     )  # fmt: skip
 
