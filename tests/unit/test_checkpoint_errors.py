@@ -392,7 +392,7 @@ def test_values_are_looked_at_by_an_old_torch_too(monkeypatch, dtype):
 
     def old(tensor):
         if tensor.dtype == torch.float16:
-            raise RuntimeError('"aminmax_cpu" not implemented for \'Half\'')
+            raise RuntimeError("\"aminmax_cpu\" not implemented for 'Half'")
         return whole(tensor)
 
     monkeypatch.setattr(torch.Tensor, "aminmax", old)
