@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ OTHERS = {  # what a key matches → what has such keys
 }  # fmt: skip
 READ = "LoRA, LoCon, LoHa, LoKr and DoRA files are."
 ADAPTER = "lora_adapter_metadata"  # where diffusers writes peft's settings
+PEFT = "base_model.model."  # begins the keys of a file that peft itself has saved
 COMPONENTS = {"unet": "unet", "text_encoder_0": "text_encoder", "text_encoder_1": "text_encoder_2"}
 Target = tuple[str, str]  # part of a checkpoint, key in diffusers' or transformers' names
 
@@ -189,7 +190,7 @@ def open_lora(path: str | Path) -> Lora:
         if ROLES[end] in keys:
             raise LoraError(f"has {key} beside {keys[ROLES[end]]}", path)
         keys[ROLES[end]] = key
-    settings = _settings(path, tensors.metadata)
+    settings = _settings(path, tensors.metadata) or _beside(path, tensors)
     dora = any(key.endswith("use_dora") and value for key, value in settings.items())
     for keys in layers.values():
         whole = adapters.complete(keys)
@@ -218,9 +219,23 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
+def _beside(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """peft's own settings of a file that peft has saved: they lie in another one, ``adapter_config.json``."""
+    config = path.with_name("adapter_config.json")
+    if not any(key.startswith(PEFT) for key in keys) or not config.is_file():
+        return {}
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraError("cannot be read as JSON", config, "Get it again: it has the LoRA's alpha.") from error
+    if not isinstance(told, dict):
+        raise LoraError("should be a JSON object", config, "Get it again: it has the LoRA's alpha.")
+    return {f"{component}.{name}": value for component in set(COMPONENTS.values()) for name, value in told.items()}
+
+
 def _modern(layer: str) -> str:
     """A layer's name as diffusers has it since 2023: attention processors had their own before."""
-    layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
+    layer = layer.removeprefix(PEFT).replace(".processor.", ".")
     return layer + ".0" if layer.endswith(".to_out") else layer
 
 

@@ -147,6 +147,20 @@ def test_settings_of_peft(sd15, tmp_path):
         open_lora(tmp_path / "l.safetensors")
 
 
+def test_settings_that_peft_keeps_beside_its_file(sd15, tmp_path):
+    down, up = by_hand()
+    tensors = {f"base_model.model.{TO_Q}.lora_A.weight": down, f"base_model.model.{TO_Q}.lora_B.weight": up}
+    path = lora(tmp_path / "adapter_model.safetensors", tensors)
+    change = lambda: open_lora(path).fit(sd15).delta("unet", TO_Q + ".weight")  # noqa: E731
+    assert torch.allclose(change(), up @ down)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}), encoding="utf-8")
+    assert torch.allclose(change(), 4 * (up @ down))
+    for text in ("{", "[]"):
+        (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(LoraError, match=r"adapter_config\.json: .* it has the LoRA's alpha"):
+            change()
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [({f"lora_unet_{flat(CONV)}.hada_w1_a": (2, 2)}, f"other half of lora_unet_{flat(CONV)}.hada_w1_a"),
