@@ -189,7 +189,8 @@ def test_ctrl_c_waits_for_the_command_that_saves(install, tmp_path, code, ends):
         f"    time.sleep(1)\n    open({str(saved)!r}, 'w').close()\n    sys.exit({code})\n"
     )
     driver = (
-        f"import sys\nsys.path.insert(0, {str(install.ROOT)!r})\nimport install\n"
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's jobs ignore it
+        f"sys.path.insert(0, {str(install.ROOT)!r})\nimport install\n"
         f"try:\n    sys.exit(install.run([sys.executable, '-c', {child!r}]))\n"
         "except KeyboardInterrupt:\n    sys.exit(130)\n"
     )
