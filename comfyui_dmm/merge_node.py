@@ -65,7 +65,9 @@ class MergeCheckpoints(io.ComfyNode):
     def fingerprint_inputs(cls, name: str | None = None, recipe: str | None = None, **chosen: Any) -> Any:
         """Other files under the same names, or an output that is gone, run again; a finished merge does not."""
         stats = []
-        read: dict[str, Callable[[], Path]] = {"recipe": lambda: merging.recipe_file(recipe or "")}
+        read: dict[str, Callable[[], Path]] = {}
+        if recipe and recipe.strip():  # "" would be the input folder, which changes with every picture put there
+            read["recipe"] = partial(merging.recipe_file, recipe)
         for key, value in chosen.items():
             if key.startswith("checkpoint_") or key == "base":
                 read[key] = partial(merging.find, str(value))

@@ -49,6 +49,26 @@ def test_a_name_from_the_page_is_found_as_windows_lists_it(pack, monkeypatch):
     assert routes.listed("x.safetensors") == "x.safetensors" and routes.listed("../x") == "../x"
 
 
+def test_a_merge_looks_at_its_recipe_file_and_at_no_other(pack, tmp_path, monkeypatch):
+    import folder_paths
+
+    from comfyui_dmm.merge_node import MergeCheckpoints
+
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {steps: 4}")
+
+    def seen() -> tuple:
+        return tuple(MergeCheckpoints.fingerprint_inputs(name="m", recipe=named) for named in ("", "r.yaml"))
+
+    first = seen()
+    (tmp_path / "picture.png").touch()
+    os.utime(tmp_path, (1, 1))
+    assert seen() == first
+    recipe.write_text("train: {steps: 5000}")
+    assert seen()[0] == first[0] and seen()[1] != first[1]
+
+
 def test_a_style_file_in_use_is_a_sentence(pack, loaded, tmp_path, monkeypatch):
     """Windows refuses to replace a file that LoraLoader has mapped."""
     from comfyui_dmm import files
