@@ -20,7 +20,7 @@ from mini_family import demo, family
 
 ROOT = Path(demo.__file__).resolve().parents[1]
 IMAGES = 96  # a style
-SCORE = {"feature": 0.0, "adversarial": 0.0, "mixed": 0.0, "blockwise": 0.0}
+SCORE = {"feature": 0.0, "adversarial": 0.0, "mixed": 0.0, "blockwise": 0.0, "unshrink": False}
 LONG = 4500  # steps from which a merge is made as the best of docs/results.md, "Longer merges", was
 LONG_DATA = {"latents_per_teacher": 4600, **DATA}
 LONG_TRAIN = {"lr": 2.5e-4, "feature": 0.001}

@@ -72,7 +72,7 @@ class Runs:
         data = demo.recipe_of(self.folder, teachers, base, prompts, self.steps)
         data["out"] = str(self.folder / f"{start}-{losses.replace(' ', '')}-{seed}-{self.steps}.safetensors")
         data["train"] |= {"seed": seed, "start": start, "save_every": SAVE_EVERY, "processes": 1}
-        data["train"] |= {"mixed": 0.0, "blockwise": 0.0} | LOSSES[losses.removesuffix(SYNTHESISED)]
+        data["train"] |= {"mixed": 0.0, "blockwise": 0.0, "unshrink": False} | LOSSES[losses.removesuffix(SYNTHESISED)]
         data["data"] |= {"latents_per_teacher": LATENTS, "foreign": 0.0}
         for section, key, value in self.changes:
             data[section][key] = value
@@ -118,7 +118,7 @@ class Runs:
             if result.step % max(1, self.steps // self.points) == 0 or result.step == merge.total_steps:
                 began = time.monotonic()
                 if result.step == merge.total_steps:
-                    merge.distillation.use_average()
+                    merge.finish()
                 measured.append(self.measure(merge, result.samples_seen))
                 rows.append(kept, measured[-1])
                 spent += time.monotonic() - began

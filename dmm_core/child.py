@@ -159,7 +159,7 @@ def _train(merge: Any, asked: Callable[[], bool], previews: Previews, events: Ev
         previews.now_and_then()
     if saved != _changed(merge.state_file):
         events("saved", path=merge.state_file)
-    merge.distillation.use_average()
+    merge.finish()
     previews.draw()
 
 

@@ -17,9 +17,10 @@ from dmm_core.schema import is_number
 
 ROWS = 16  # of one optimizer step, over all its teachers
 # The paper's λ (§3.4), what measured best, and rows on the way from style to style, for sliders that go evenly.
-TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25, "blockwise": 4.0}
+TRAIN = {"snr_power": 0.5, "feature": 0.001, "adversarial": 0.01, "mixed": 0.25, "blockwise": 4.0, "unshrink": True}
 DATA = {"foreign": 0.3}  # keeps pictures out of a wrong style; with few steps only beside the adversarial loss
-ALONE, OWN = dict.fromkeys(TRAIN, 0.0), dict.fromkeys(DATA, 0.0)  # of ``few_step``, which has a loss of its own
+ALONE = {**dict.fromkeys(TRAIN, 0.0), "unshrink": False}  # of ``few_step``, which has a loss of its own
+OWN = dict.fromkeys(DATA, 0.0)
 OLD = 4  # styles of a step where a student learns of itself; how many it has is not known yet
 
 
@@ -78,7 +79,7 @@ PRESETS: dict[str, Preset] = {
 
 def with_exceptions(data: Any) -> Any:
     """A recipe's plain mapping that leaves out what has no meaning where it trains for few steps, or what does not go
-    together with ``fused_backward``.
+    together with ``fused_backward``, or with styles that are to stay as they are.
     """
     parts = [data.get(key) if isinstance(data, Mapping) else None for key in ("train", "data")]
     train, of = ({} if part is None else part for part in parts)
@@ -86,7 +87,9 @@ def with_exceptions(data: Any) -> Any:
         return data
     if train.get("few_step"):
         return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
-    return {**data, "train": {"blockwise": 0.0, **train}} if train.get("fused_backward") else data
+    off = {"blockwise": 0.0} if train.get("fused_backward") else {}
+    off |= {"unshrink": False} if data.get("student") else {}
+    return {**data, "train": {**off, **train}} if off else data
 
 
 def with_preset(data: Any, source: str | Path) -> Any:

@@ -84,6 +84,8 @@ class TrainSpec:
     ``mixed`` is the share of rows between two styles (none where a step asks one teacher alone) in the first 60 % of
     the steps, which learn a mix of what both teachers say: so that sliders go evenly. ``blockwise`` weighs a loss of
     each layer by itself, on what went into the teacher's, in the first 30 % of the steps (dmm_core/blockwise.py).
+    ``unshrink`` moves the styles apart after the last step, by what they lack of the teachers' differences
+    (dmm_core/shrinkage.py).
     ``few_step`` trains for sampling in 4 to 8 steps, with the guidance of this scale made part of the student (0: off).
     ``regularize``, when styles are added: batches of old styles a step (None: as many as of new ones, and half of
     the old styles at least; 0: none).
@@ -112,6 +114,7 @@ class TrainSpec:
     adversarial: NotNegative = 0.0
     mixed: Share = 0.0
     blockwise: NotNegative = 0.0
+    unshrink: bool = False
     adversarial_lr: Positive | None = None
     discriminator: Literal["head", "full"] = "head"
     regularize: CountOrNone | None = None

@@ -80,6 +80,11 @@ def _check_course(recipe: Recipe, demand: Demand) -> None:
                      ("blockwise", "compares what layers say without guidance")):  # fmt: skip
         told = f"train.{key}: expected 0 with few_step, got {getattr(train, key)}"
         demand(not (train.few_step and getattr(train, key)), told, f"It {why}.")
+    told = "train.unshrink: expected false with {}, got true"
+    fine = not (train.unshrink and train.few_step)
+    demand(fine, told.format("few_step"), "It compares predictions of ε, and this is of where steps end.")
+    fine = not (train.unshrink and recipe.student)
+    demand(fine, told.format("student"), "It would move the old styles, which stay as they are.")
 
 
 def _check_economies(train: TrainSpec, demand: Demand) -> None:

@@ -32,6 +32,7 @@ from dmm_core.recipe import Recipe, dump_recipe, load_recipe, work_folder
 from dmm_core.report.thumbnails import of_latents
 from dmm_core.result import StepResult
 from dmm_core.resume import check_student, load_student, save_student
+from dmm_core.shrinkage import unshrink
 from dmm_core.sizes import latent_sizes, squarest
 from dmm_core.speed import quicken, wants_channels_last
 from dmm_core.stages import (
@@ -60,7 +61,8 @@ class Merge:
     ranks: Alone = field(default_factory=Alone)  # the group that this process was launched in
     notify: Notify = silent
     stage: int = 0
-    warnings: list[str] = field(default_factory=list)  # what ``save`` had to leave out
+    warnings: list[str] = field(default_factory=list)  # what ``finish`` and ``save`` had to leave out
+    share: float | None = None  # of the teachers' differences, where ``finish`` has moved the styles apart by it
 
     @property
     def work(self) -> Path:
@@ -99,12 +101,28 @@ class Merge:
                 if stopped:
                     raise KeyboardInterrupt
 
+    def finish(self) -> None:
+        """What comes once after a stage's last step: the moving average of the weights, and ``unshrink``.
+
+        For want of memory the styles stay as they are, which ``warnings`` tells: the merge is worth more.
+        """
+        run = self.distillation
+        run.use_average()
+        if not run.spec.unshrink or len(run.teachers) < 2:
+            return
+        try:
+            self.share = unshrink(run, stage_recipe(self.recipe, self.stage).data.cfg_scale)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.warnings.append("the styles were not moved apart (train.unshrink): the memory is too small")
+
     def begin_next_stage(self) -> bool:
         """Leave this stage's student in the work folder and go on with it; False where there is no further stage."""
         if self.stage + 1 >= len(self.recipe.stages):
             return False
         teachers = self.distillation.teachers
-        self.distillation.use_average()
+        self.finish()
         if self.ranks.rank == 0:
             save_student(self.distillation, student_file(self.recipe, self.stage))
             self.state_file.unlink(missing_ok=True)
@@ -130,7 +148,7 @@ class Merge:
             self.seconds += time.monotonic() - began
 
     def save(self, report: dict | None = None) -> Path:
-        """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``use_average`` comes before.
+        """Write the DMM file and, beside it, the recipe as YAML; the work folder goes. ``finish`` comes before.
 
         What had to be left out is in ``warnings``.
         """

@@ -105,6 +105,14 @@ class Codebook(nn.Module):
         self.add_embedding.load_state_dict(earlier.add_embedding.state_dict())
 
     @torch.no_grad()
+    def stretch(self, factor: float) -> None:
+        """Move all style vectors away from the mean of the styles': each is ``factor`` times as far from it."""
+        centre = self(torch.eye(len(self)).to(self.model_embedding.weight)).mean(0)
+        last = self.add_embedding.linear_2
+        last.weight *= factor
+        last.bias.copy_(centre + factor * (last.bias - centre))
+
+    @torch.no_grad()
     def fold(self) -> Tensor:
         """Make the default style this codebook's zero; returns what the UNet's ``time_embed.2.bias`` must gain, (d,).
 

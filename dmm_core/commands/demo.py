@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Any) -> dict:
-    from dmm_core.commands.distill import train
+    from dmm_core.commands.distill import report_share, train
     from dmm_core.commands.evaluate import Notifier, headline
     from dmm_core.measure import measure
     from dmm_core.present import present
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace, report: Any) -> dict:
     recipe = recipe_of(out, args, report)
     report.note(f"teachers: {', '.join(teacher.name for teacher in recipe.teachers)} (in {out / 'teachers'})")
     merge = train(recipe, args.resume, report, again=command("demo", "--out", out, "--resume"))
-    merge.distillation.use_average()
+    merge.finish()
+    report_share(merge, report)
     bench = bench_of(merge, demo.held_out_prompts(), demo.SAMPLER_STEPS, demo.CFG_SCALE, Notifier(report))
     measured = measure(
         bench, began, merge.distillation.samples_seen, title="Four mini teachers in one model",

@@ -70,7 +70,8 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
         other = "another name with --out" if args.out else "change out in the recipe"
         raise BadInput("is there already", recipe.out, f"Give --force to overwrite it, or {other}.")
     merge = train(recipe, args.resume, report, again, ranks)
-    merge.distillation.use_average()
+    merge.finish()
+    report_share(merge, report)
     path = merge.save() if ranks.rank == 0 else Path(recipe.out)
     for warning in merge.warnings:
         report.note(f"note: {warning}")
@@ -81,6 +82,12 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
         "out": path, "styles": list(done.student.codebook.names), "steps": done.steps_done,
         "samples_seen": done.samples_seen, "seconds": round(merge.seconds, 1), "start": recipe.train.start,
     }  # fmt: skip
+
+
+def report_share(merge: Any, report: Any) -> None:
+    if merge.share and merge.share < 1:
+        told = f"the student made {merge.share:.1%} of its teachers' differences"
+        report.note(f"{told}: its styles were moved apart by what is missing (train.unshrink)")
 
 
 def recipe_of(args: argparse.Namespace) -> Any:
