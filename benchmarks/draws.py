@@ -5,6 +5,8 @@ it averages out, and all of them together have a smaller reference: they tell st
 
     python benchmarks/draws.py a.safetensors b.safetensors --teacher ink.safetensors … --prompts held-out.txt \
         --draws 4 --out benchmarks/results/draws.jsonl
+
+With ``--stretch`` each student is measured with its styles so many times as far apart, too (dmm_core/shrinkage.py).
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="a picture each, style and draw")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--label", nargs="+", default=[], help="what the table calls the students")
+    parser.add_argument("--stretch", type=float, nargs="+", default=[1.0], help="style vectors' distance; 1: as it is")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if not args.student:
@@ -117,9 +120,14 @@ def main() -> None:
     about = {"device": device_name(torch.device("cpu")), "torch": torch.__version__, "commit": commit(),
              "date": str(date.today())}  # fmt: skip
     for label, path in zip(args.label or [path.stem for path in args.student], args.student, strict=True):
-        line = {"what": label, **draws.measure(load_pipeline(path)), **about}
-        rows.append(args.out, line)
-        show([line])
+        for factor in args.stretch:
+            pipe = load_pipeline(path)
+            assert pipe.codebook is not None
+            pipe.codebook.stretch(factor)
+            what = f"{label}, styles {factor:g} times as far apart" if factor != 1 else label
+            line = {"what": what, **draws.measure(pipe), **about}
+            rows.append(args.out, line)
+            show([line])
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ class Runs:
                 if result.step == merge.total_steps:
                     merge.finish()
                 measured.append(self.measure(merge, result.samples_seen))
+                measured[-1] |= {"share": merge.share} if merge.share else {}
                 rows.append(kept, measured[-1])
                 spent += time.monotonic() - began
                 told = "" if self.gap_only else f"ratio {measured[-1]['ratio']:.3f}, "

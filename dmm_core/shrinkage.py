@@ -28,7 +28,7 @@ from dmm_core.speed import to_device
 if TYPE_CHECKING:
     from dmm_core.distill import Distillation
 
-ROWS = 192  # of all teachers together; two draws of so many differ by 0.003 in b
+ROWS = 96  # of all teachers together; two draws of so many differ by 0.005 in b
 LEAST = 0.8  # a share below it counts as this: such a student has hardly begun
 
 

@@ -9,6 +9,7 @@ from dmm_core import at_once, fused
 from dmm_core.checkpoint import open_checkpoint
 from dmm_core.conditioning import Context
 from dmm_core.distill import Distillation
+from dmm_core.shrinkage import share_of_differences
 from dmm_core.speed import Recorded
 from dmm_core.teachers import Teachers
 from tests.unit.merges import after, built, tiny_teachers
@@ -91,6 +92,21 @@ def test_steps_are_the_cpus(tmp_path, paths):
         learned = after(built(tmp_path / "o.safetensors", paths, device=device, lr=1e-4), 3)
         moved.append(torch.cat([(learned[key].cpu() - begun[key]).flatten() for key in begun]))
     assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
+
+
+@pytest.mark.parametrize("more", [{}, {"resident": 1}, {"resident": 0}, {"precision": "bf16"}, {"weights": "bf16"}])
+def test_the_share_of_the_differences_is_the_cpus(tmp_path, paths, more):
+    there = {"device": "cuda", "precision": "auto" if "weights" in more else "fp32"}
+    shares = [
+        share_of_differences(after_steps(built(tmp_path / "o.safetensors", paths, lr=1e-4, batch=8, **where)), 2.0)
+        for where in ({"device": "cpu"}, there | more)
+    ]
+    assert shares[1] == pytest.approx(shares[0], abs=0.05)
+
+
+def after_steps(run: Distillation) -> Distillation:
+    after(run, 3)
+    return run
 
 
 def test_a_resumed_run_goes_on_as_the_first(tmp_path, paths):

@@ -52,12 +52,13 @@ def test_what_measured_best_is_in_all_of_them(name):
     assert (made.train.start, made.train.snr_power) == ("average", 0.5)
     assert (made.train.feature, made.train.adversarial) == (0.001, 0.01)
     assert (made.data.foreign, made.train.mixed, made.train.blockwise) == (0.3, 0.25, 4)
+    assert made.train.unshrink
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_few_steps_leave_out_what_has_no_meaning_there(name):
     def what(part):
-        keys = ("snr_power", "feature", "adversarial", "mixed", "blockwise")
+        keys = ("snr_power", "feature", "adversarial", "mixed", "blockwise", "unshrink")
         return *(getattr(part.train, key) for key in keys), part.data.foreign
 
     alone = {**plain(0, preset=name), "student": "s.safetensors", "train": {"few_step": 4.0}}

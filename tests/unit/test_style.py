@@ -78,6 +78,16 @@ def test_folding_keeps_every_sum():
     assert codebook.default_style().abs().max() < 1e-6
 
 
+def test_stretching_keeps_the_mean_and_moves_all_away_from_it():
+    codebook = book()
+    styles = lambda: torch.stack([codebook.style(one_hot(NAMES, name)) for name in NAMES])  # noqa: E731
+    before, middle = styles(), codebook.style({"ink": 1, "neon": 1})
+    codebook.stretch(1.5)
+    mean = before.mean(0)
+    torch.testing.assert_close(styles(), mean + 1.5 * (before - mean))
+    torch.testing.assert_close(codebook.style({"ink": 1, "neon": 1}), mean + 1.5 * (middle - mean))
+
+
 def test_an_untrained_codebook_changes_nothing():
     assert torch.equal(Codebook(NAMES, 16)(torch.eye(3)), torch.zeros(3, 16))
 
