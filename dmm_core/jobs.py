@@ -26,10 +26,12 @@ from dmm_core import inputs
 from dmm_core.environment import Training, training_python
 from dmm_core.errors import BadInput
 from dmm_core.files import write_atomically
-from dmm_core.recipe import FREE, Recipe, work_folder
+from dmm_core.recipe import FREE, DataSpec, Recipe, TrainSpec, work_folder
+from dmm_core.schema import plain
 from dmm_core.stages import clear_work, something_made
 
 LAST = ("done", "stopped", "failed")
+DATA, TRAIN = (json.loads(json.dumps(plain(spec()))) for spec in (DataSpec, TrainSpec))  # their defaults
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
 
 
@@ -215,11 +217,19 @@ def begun(work: Path) -> dict[str, Any] | None:
 
 
 def essence(recipe: Mapping[str, Any], free: Collection[str] = FREE) -> dict[str, Any]:
-    """What decides the result of a merge, of a recipe as a plain mapping: all but the ``free`` keys of train."""
-    kept = {key: recipe.get(key) for key in ("teachers", "base", "student", "default_style", "data")}
-    bare = lambda train: {key: value for key, value in (train or {}).items() if key not in free}  # noqa: E731
-    stages = [{**stage, "train": bare(stage["train"])} for stage in recipe.get("stages") or ()]
-    return {**kept, "train": bare(recipe.get("train")), "stages": stages}
+    """What decides the result of a merge, of a recipe as a plain mapping: all but the ``free`` keys of train.
+
+    A recipe of an earlier version has the defaults of settings that there were none of then.
+    """
+    kept = {key: recipe.get(key) for key in ("teachers", "base", "student", "default_style")}
+
+    def of(part: Mapping[str, Any]) -> dict[str, Any]:
+        train = TRAIN | (part.get("train") or {})
+        bare = {key: value for key, value in train.items() if key not in free}
+        return {**part, "data": DATA | (part.get("data") or {}), "train": bare}
+
+    parts = {key: recipe.get(key) for key in ("data", "train")}
+    return {**kept, **of(parts), "stages": [of(stage) for stage in recipe.get("stages") or ()]}
 
 
 def _require_free(recipe: Recipe) -> None:

@@ -68,8 +68,8 @@ def identity(run: Distillation) -> str:
 
 
 def binding(spec: TrainSpec) -> dict[str, Any]:
-    """The settings that must not change."""
-    return {key: value for key, value in vars(spec).items() if key not in FREE}
+    """The settings that must not change: those that decide a step, which ``unshrink`` comes after."""
+    return {key: value for key, value in vars(spec).items() if key not in (*FREE, "unshrink")}
 
 
 def as_of_today(whose: str) -> str:

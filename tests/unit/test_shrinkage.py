@@ -144,6 +144,15 @@ def test_broken_off_before_it_was_saved(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_merge_of_before_goes_on_with_it(tmp_path):
+    teachers = tiny_teachers(tmp_path, 2)
+    first = prepare(recipe(tmp_path / "o.safetensors", teachers, unshrink=False))
+    with pytest.raises(KeyboardInterrupt):
+        list(first.steps(stop=lambda: True))
+    again = prepare(recipe(tmp_path / "o.safetensors", teachers), resume=True)
+    assert finished(again) is not None and again.share is not None
+
+
 def test_a_stage_ends_with_it_too(tmp_path):
     teachers = tiny_teachers(tmp_path, 2)
     made = recipe(tmp_path / "o.safetensors", teachers)
