@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dmm_core.distill import Distillation
 
 ROWS = 96  # of all teachers together; two draws of so many differ by 0.005 in b
-LEAST = 0.8  # a share below it counts as this: such a student has hardly begun
+LEAST = 0.5  # a share below it counts as this: such a student has hardly begun
 
 
 def unshrink(run: Distillation, cfg_scale: float) -> float:

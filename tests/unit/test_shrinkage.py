@@ -89,9 +89,9 @@ def test_a_student_that_has_hardly_begun_is_moved_little(tmp_path, merged):
     run = known(tmp_path / "o.safetensors", merged)
     run.student.codebook.stretch(0.2)
     before = vectors(run)
-    assert unshrink(run, 1.0) < 0.5
+    assert unshrink(run, 1.0) < 0.4
     apart = [(v - v.mean(0)).norm().item() for v in (before, vectors(run))]
-    assert apart[1] == pytest.approx(1.25 * apart[0], rel=1e-4)
+    assert apart[1] == pytest.approx(2 * apart[0], rel=1e-4)
 
 
 def test_samples_are_the_teachers_own_with_their_prompts(tmp_path, merged):
@@ -127,7 +127,7 @@ def test_a_merge_does_it_once_after_its_last_step(tmp_path):
     moved, as_it_was = finished(merge), finished(plain)
     assert 0 < merge.share < 1 and plain.share is None, "four steps learn little"
     apart = [b.style({"teacher 0": 1.0}) - b.style({"teacher 1": 1.0}) for b in (moved, as_it_was)]
-    torch.testing.assert_close(apart[0], apart[1] / max(0.8, merge.share), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(apart[0], apart[1] / max(0.5, merge.share), rtol=1e-4, atol=1e-6)
 
 
 def test_broken_off_before_it_was_saved(tmp_path):
