@@ -88,7 +88,7 @@ def with_exceptions(data: Any) -> Any:
     if train.get("few_step"):
         return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
     off = {"blockwise": 0.0} if train.get("fused_backward") else {}
-    off |= {"unshrink": False} if data.get("student") else {}
+    off |= {"unshrink": False} if isinstance(data, Mapping) and data.get("student") else {}
     return {**data, "train": {**off, **train}} if off else data
 
 
