@@ -81,14 +81,15 @@ def with_exceptions(data: Any) -> Any:
     """A recipe's plain mapping that leaves out what has no meaning where it trains for few steps, or what does not go
     together with ``fused_backward``, or with styles that are to stay as they are.
     """
-    parts = [data.get(key) if isinstance(data, Mapping) else None for key in ("train", "data")]
-    train, of = ({} if part is None else part for part in parts)
+    if not isinstance(data, Mapping):
+        return data
+    train, of = ({} if (part := data.get(key)) is None else part for key in ("train", "data"))
     if not (isinstance(train, Mapping) and isinstance(of, Mapping)):
         return data
     if train.get("few_step"):
         return {**data, "train": {**ALONE, **train}, "data": {**OWN, **of}}
     off = {"blockwise": 0.0} if train.get("fused_backward") else {}
-    off |= {"unshrink": False} if isinstance(data, Mapping) and data.get("student") else {}
+    off |= {"unshrink": False} if data.get("student") else {}
     return {**data, "train": {**off, **train}} if off else data
 
 
