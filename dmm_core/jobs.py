@@ -31,7 +31,7 @@ from dmm_core.schema import plain
 from dmm_core.stages import clear_work, something_made
 
 LAST = ("done", "stopped", "failed")
-DATA, TRAIN = (json.loads(json.dumps(plain(spec()))) for spec in (DataSpec, TrainSpec))  # their defaults
+DATA, TRAIN = plain(DataSpec()), plain(TrainSpec())  # the defaults
 LAUNCH = "import sys; sys.path[:0] = {paths}; sys.argv[0] = 'dmm'; from dmm_core.cli import main; sys.exit(main())"
 
 

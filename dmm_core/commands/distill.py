@@ -85,6 +85,7 @@ def merge_and_save(recipe: Any, args: argparse.Namespace, report: Any, again: st
 
 
 def report_share(merge: Any, report: Any) -> None:
+    """Tell by how much a merge's styles were moved apart, if they were."""
     if merge.share and merge.share < 1:
         told = f"the student made {merge.share:.1%} of its teachers' differences"
         report.note(f"{told}: its styles were moved apart by what is missing (train.unshrink)")
